@@ -1,0 +1,106 @@
+# Every command of the project. `make` alone lists them; the first one that needs it sets up .venv by itself.
+
+PYTHON ?= python3
+PRESET ?= smoke
+TORCH  ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+
+BIN        := .venv/bin
+READY      := .venv/.ready
+READY_DEV  := .venv/.ready-dev
+UNFINISHED := .venv/.unfinished
+LOCK       := .venv-lock
+
+# On Linux, PyPI's torch brings several GB of CUDA; the CPU build lives on an index of its own (`+cpu` sorts above the
+# plain version). Where that index cannot be reached pip goes on with the others: one look-up, no retries.
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
+# Byte code is written when a module is first imported: compiling all of it beforehand takes half a minute longer.
+INSTALL     := -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
+BENCHMARKS   = $(filter-out __init__ harness processes,$(basename $(notdir $(wildcard benchmarks/*.py))))
+
+# The value of a variable as one word for the shell, whatever it holds.
+quoted = '$(subst ','\'',$(value $(1)))'
+
+# What is missing is said before anything is set up.
+ifneq ($(filter generate,$(MAKECMDGOALS)),)
+  $(if $(value PROMPT),,$(error say what to draw: make generate PROMPT="a large red circle on a blue background"))
+endif
+ifneq ($(filter verify,$(MAKECMDGOALS)),)
+  $(if $(filter $(NAME),$(BENCHMARKS)),,$(error NAME=$(NAME) is none of: $(BENCHMARKS)))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain generate dashboard status test lint format verify bench lock clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## Set up .venv (PYTHON=python3.12, TORCH=cpu or cuda); the other commands do this by themselves
+
+pretrain: $(READY) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTIONS=zh,en] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(ARGS)
+
+generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" [ARGS="..."]
+	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) --prompt $(call quoted,PROMPT) $(ARGS)
+
+dashboard: $(READY) ## Open MLflow's pages on 127.0.0.1
+	@$(BIN)/python -m pipelines dashboard $(ARGS)
+
+status: $(READY) ## Stages, scores and paths of the chain that ran last; JSON=1 for programs
+	@$(BIN)/python -m pipelines status $(if $(value JSON),--json) $(ARGS)
+
+test: $(READY_DEV) ## Run the tests, or some of them: ARGS="tests/shards -k manifest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY_DEV) ## Check style, formatting and types
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m mypy
+
+format: $(READY_DEV) ## Put the code into the project's form
+	@$(BIN)/python -m ruff check --fix
+	@$(BIN)/python -m ruff format
+
+verify: $(READY_DEV) ## Measure a promise against its bar: NAME=road (any file of benchmarks/)
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+bench: $(READY_DEV) ## Measure every promise and write benchmarks/results/
+	@failed=; for name in $(BENCHMARKS); do \
+	    $(BIN)/python -m benchmarks.$$name --save || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "below the bar:$$failed" >&2; exit 1; }
+
+lock: ## Take the newest versions that pyproject.toml allows into constraints.txt
+	@rm -rf $(LOCK) && $(PYTHON) -m venv $(LOCK)
+	@$(LOCK)/bin/python -m pip install -qq --no-compile --upgrade pip
+	@$(LOCK)/bin/python -m pip install -qq --no-compile $(TORCH_INDEX) --no-deps torch
+	@$(LOCK)/bin/python -m pip install -qq --no-compile '.[dev]'
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(LOCK)/bin/python -m pip freeze --all --exclude cogview \
+	     | sed -e 's/^\(torch==[0-9.]*\).*/\1/' -e '/^\(nvidia-\|cuda-\|triton\)/d'; } > $(LOCK)/constraints.txt
+	@mv $(LOCK)/constraints.txt constraints.txt && rm -rf $(LOCK)
+
+clean: ## Remove .venv and caches; finished runs stay
+	rm -rf .venv $(LOCK) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# An interrupted set-up leaves the mark of unfinished work behind, and the next one starts from an empty folder: a package
+# that was cut while being unpacked can look installed.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'CogView needs Python 3.11 or newer, and $(PYTHON) is' "$$($(PYTHON) --version 2>&1 || true);" \
+	         'name another one: make PYTHON=python3.12' >&2; exit 1; }
+	@if test -e $(UNFINISHED); then rm -rf .venv; fi
+	@echo "Setting up .venv with torch for $(TORCH)" \
+	    "($(if $(wildcard /dev/nvidia0),/dev/nvidia0 is here,there is no /dev/nvidia0); TORCH=cpu or TORCH=cuda decides" \
+	    "otherwise). The first time some hundred MB are downloaded." >&2
+	@mkdir -p .venv && touch $(UNFINISHED)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python $(INSTALL) --upgrade pip  # a Python's own pip is often old, and takes twice as long
+	@$(BIN)/python $(INSTALL) $(TORCH_INDEX) --no-deps torch
+	@$(BIN)/python $(INSTALL) --editable .
+	@touch $@ && rm $(UNFINISHED)
+
+$(READY_DEV): $(READY)
+	@touch $(UNFINISHED)
+	@$(BIN)/python $(INSTALL) --editable '.[dev]'
+	@touch $@ && rm $(UNFINISHED)

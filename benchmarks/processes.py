@@ -1,0 +1,100 @@
+"""Watching a command with all that it starts: Ray's daemons included, which outlive their parents and change groups.
+
+Every process inherits its parent's environment, so a mark in the environment finds them all, wherever they went.
+"""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+MARK = "COGVIEW_BENCHMARK_MARK"
+# A fresh machine knows where its programs and its package index are, and nothing of ours.
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ", "PYENV_ROOT")
+KEPT_PREFIXES = ("PIP_", "SSL_", "http_", "https_", "no_", "HTTP_", "HTTPS_", "NO_")
+
+
+class ProcessWatch:
+    """Samples the marked processes while it is entered.
+
+    environment: what to start the command with; peak_bytes: the largest sum of their proportional memory (shared pages
+    are divided among those who share them); names: of every process that was seen.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *, interval: float = 1.0) -> None:
+        self._mark = uuid.uuid4().hex
+        self.environment = {**environment, MARK: self._mark}
+        self.peak_bytes = 0
+        self.names: set[str] = set()
+        self._interval = interval
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def running(self) -> list[psutil.Process]:
+        """The marked processes that run now."""
+        return list(_marked(self._mark))
+
+    def wait_for_end(self, *, seconds: float) -> list[psutil.Process]:
+        """Those that still run after some seconds of grace."""
+        deadline = time.monotonic() + seconds
+        while (left := self.running()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+    def _sample_until_over(self) -> None:
+        while not self._is_over.is_set():
+            total = 0
+            for process in _marked(self._mark):
+                try:
+                    self.names.add(process.name())
+                    total += proportional_bytes(process)
+                except psutil.Error:
+                    continue  # it ended between two looks
+            self.peak_bytes = max(self.peak_bytes, total)
+            self._is_over.wait(self._interval)
+
+
+def proportional_bytes(process: psutil.Process) -> int:
+    """Its memory, with shared pages divided among those who share them; where a system cannot say, its own pages."""
+    memory = process.memory_full_info()
+    return int(getattr(memory, "pss", memory.uss))
+
+
+def fresh_environment(home: Path) -> dict[str, str]:
+    """The environment of a machine that has never seen the project: an empty home, no caches, no settings.
+
+    Where the machine's packages come from (pip's index and certificates) belongs to the machine and is kept.
+    """
+    home.mkdir(parents=True)
+    kept = {
+        name: value for name, value in os.environ.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)
+    }
+    pip_config = Path.home() / ".config" / "pip" / "pip.conf"
+    if pip_config.is_file():
+        kept.setdefault("PIP_CONFIG_FILE", str(pip_config))
+    return {**kept, "HOME": str(home), "PIP_CACHE_DIR": str(home / "pip-cache")}
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                yield process
+        except (psutil.Error, OSError):
+            continue  # another user's, or gone

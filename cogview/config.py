@@ -1,0 +1,84 @@
+"""Configs are frozen dataclasses beside their owner; this module gives them roles, digests and a form on disk.
+
+A config's digest decides whether finished work can be used again, so a field has one of three roles:
+*semantic* (the default: a change makes other bytes), *input* (a path: its content's digest counts, not its spelling)
+and *runtime* (workers, logging, addresses: may change without making other bytes).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROLE = "role"
+
+
+def input_field(**kwargs: Any) -> Any:
+    """A dataclass field that names an input path. In the digest it stands for the digest of what lies there."""
+    return dataclasses.field(metadata={ROLE: "input"}, **kwargs)
+
+
+def runtime_field(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A dataclass field that may change without making other bytes; it is left out of the digest."""
+    return dataclasses.field(default=default, metadata={ROLE: "runtime"}, **kwargs)
+
+
+def to_plain(value: Any) -> Any:
+    """The value as what JSON can hold: dataclasses as dicts with their class name, paths as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def flatten(value: Any, *, prefix: str = "") -> dict[str, Any]:
+    """A config as `{"optimizer.learning_rate": 3e-4, ...}`, for trackers and tables."""
+    plain = to_plain(value) if dataclasses.is_dataclass(value) else value
+    if not isinstance(plain, dict):
+        return {prefix: plain}
+    flat: dict[str, Any] = {}
+    for key, item in plain.items():
+        if key != "class":
+            flat.update(flatten(item, prefix=f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def config_digest(config: Any, *, inputs: Mapping[str, str]) -> str:
+    """sha256 over the semantic fields and the digests of the inputs (`inputs`: field path -> digest)."""
+    return digest_of({"config": _semantic(config), "inputs": dict(sorted(inputs.items()))})
+
+
+def digest_of(value: Any) -> str:
+    """sha256, as hex, of a plain value's canonical JSON."""
+    text = json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def input_paths(config: Any, *, prefix: str = "") -> dict[str, Path | None]:
+    """Every input field of the config tree: field path -> path."""
+    found: dict[str, Path | None] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}.{field.name}" if prefix else field.name
+        if field.metadata.get(ROLE) == "input":
+            found[name] = value
+        elif dataclasses.is_dataclass(value):
+            found.update(input_paths(value, prefix=name))
+    return found
+
+
+def _semantic(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [field for field in dataclasses.fields(value) if field.metadata.get(ROLE) is None]
+        return {"class": type(value).__name__, **{f.name: _semantic(getattr(value, f.name)) for f in kept}}
+    if isinstance(value, (list, tuple)):
+        return [_semantic(item) for item in value]
+    return to_plain(value)

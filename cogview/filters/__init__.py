@@ -1,0 +1,1 @@
+"""Room two: a `TextImagePair` comes in and is kept, or rejected with a reason."""

@@ -1,0 +1,1 @@
+"""SequenceBatch tensors -> logits."""

@@ -1,0 +1,54 @@
+"""Dense attention, in two forms that give the same numbers (CogView, section 2.4, equation 4).
+
+`pb_relax_attention` is the paper's formula, written out. `fused_attention` is torch's kernel, which keeps the softmax
+statistics in fp32 and subtracts the row maximum itself; queries are divided by sqrt(D) before the product, as the
+released code does.
+"""
+
+# B batch, H heads, Q queries, K keys, D head size
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+PB_RELAX_ALPHA = 32.0
+MASKED_SCORE = -10000.0
+
+
+def pb_relax_attention(
+    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """softmax(alpha * (s - max s)) v with s = q / (alpha sqrt(D)) k^T, alpha 32; the maximum is taken per row.
+
+    allowed: bool, broadcastable to [B, H, Q, K], True where a query may look. Scores stay 32 times smaller than in
+    plain attention until their maximum is gone, so fp16 does not overflow. Returns [B, H, Q, D].
+    """
+    scale = PB_RELAX_ALPHA * math.sqrt(q_BHQD.shape[-1])
+    scores_BHQK = (q_BHQD / scale) @ k_BHKD.transpose(-1, -2)
+    scores_BHQK = scores_BHQK.masked_fill(~allowed, MASKED_SCORE)
+    relaxed_BHQK = PB_RELAX_ALPHA * (scores_BHQK - scores_BHQK.amax(dim=-1, keepdim=True).detach())
+    return nn.functional.dropout(relaxed_BHQK.softmax(dim=-1), dropout) @ v_BHKD
+
+
+def plain_attention(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with scores at full size: the form that overflows fp16 in deep models."""
+    scores_BHQK = (q_BHQD @ k_BHKD.transpose(-1, -2)) / math.sqrt(q_BHQD.shape[-1])
+    probabilities_BHQK = scores_BHQK.masked_fill(~allowed, MASKED_SCORE).softmax(dim=-1)
+    return nn.functional.dropout(probabilities_BHQK, dropout) @ v_BHKD
+
+
+def fused_attention(
+    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """Torch's fused kernel; `allowed=None` means causal with as many queries as keys."""
+    q_BHQD = q_BHQD / math.sqrt(q_BHQD.shape[-1])
+    return nn.functional.scaled_dot_product_attention(
+        q_BHQD, k_BHKD, v_BHKD, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None, scale=1.0
+    )
+
+
+def causal_mask(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:
+    """bool [Q, K]: the queries are the last Q of the K positions, and each sees itself and what lies before it."""
+    positions = torch.arange(num_keys, device=device)
+    return positions[None, :] <= positions[num_keys - num_queries :, None]

@@ -1,0 +1,12 @@
+"""The GPT's sizes as a table. Weights: 12 L H^2 + 17 L H in blocks with four norms each, plus the embeddings."""
+
+from cogview.models.gpt import GPTConfig
+
+# "4b" is the released model: 58,240 and 1,089 rows of embeddings and 48 layers make 3,928,849,920 parameters.
+SIZES: dict[str, GPTConfig] = {
+    "tiny": GPTConfig(num_layers=4, hidden_size=160, num_heads=5, dropout=0.0),
+    "small": GPTConfig(num_layers=12, hidden_size=768, num_heads=12),
+    "tutorial": GPTConfig(num_layers=12, hidden_size=1024, num_heads=16),
+    "3b": GPTConfig(num_layers=36, hidden_size=2560, num_heads=40, max_positions=2600),  # fashion: 50 x 50 codes
+    "4b": GPTConfig(num_layers=48, hidden_size=2560, num_heads=40),
+}

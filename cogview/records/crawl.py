@@ -1,0 +1,93 @@
+"""Start pages in; out come the candidates of their sites, in an order that depends on the sites alone.
+
+The crawl goes level by level and stays on the hosts of the start pages. Pages of one level are fetched together, but
+read in the order in which they were linked, so that speed and luck change nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from cogview.errors import ConfigError
+from cogview.records.candidates import Candidate
+from cogview.records.fetch import Fetched, Fetcher
+from cogview.records.pages import MAX_CAPTIONS, Page, read_page
+from cogview.records.pair import Unusable
+from cogview.records.robots import product_token
+from cogview.records.urls import normalise_url, origin_of
+
+_BATCH = 64  # pages of a level asked for at once; the fetcher's own limits are stricter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageStatus:
+    """What became of one page. reason: empty if it was read."""
+
+    url: str
+    images: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crawl:
+    """What a crawl found. candidates: one for each image URL, with the captions of all pages that show it."""
+
+    candidates: tuple[Candidate, ...]
+    pages: tuple[PageStatus, ...]
+
+
+async def crawl(
+    fetcher: Fetcher, start: Sequence[str], *, max_pages: int, on_page: Callable[[int, int], None] | None = None
+) -> Crawl:
+    """Walk the sites of the `start` pages, at most `max_pages` pages.
+
+    on_page: called with (pages read, pages known). ConfigError if a start address cannot be used or fetched.
+    """
+    first = [_start_url(url) for url in start]
+    sites = {origin_of(url) for url in first}
+    known = dict.fromkeys(first)
+    images: dict[str, Candidate] = {}
+    statuses: list[PageStatus] = []
+    queue = list(known)
+    while queue and len(statuses) < max_pages:
+        batch = queue[: min(_BATCH, max_pages - len(statuses))]
+        queue = queue[len(batch) :]
+        for url, answer in zip(batch, await asyncio.gather(*map(fetcher.fetch, batch)), strict=True):
+            page, status = _read(url, answer, fetcher)
+            if url in first and isinstance(answer, Unusable):
+                raise ConfigError(f"pages: {url} cannot be read: {answer.reason} {answer.detail}".rstrip())
+            statuses.append(status)
+            _add_images(images, page, url)
+            new = [link for link in page.links if origin_of(link) in sites and link not in known]
+            known.update(dict.fromkeys(new))
+            queue.extend(new)
+        if on_page is not None:
+            on_page(len(statuses), min(len(known), max_pages))
+    return Crawl(candidates=tuple(images.values()), pages=tuple(statuses))
+
+
+def _start_url(url: str) -> str:
+    normalised = normalise_url(url)
+    if isinstance(normalised, Unusable):
+        raise ConfigError(f"pages: {url!r} is no address to start from ({normalised.reason}); give http(s)://host/path")
+    return normalised
+
+
+def _read(url: str, answer: Fetched | Unusable, fetcher: Fetcher) -> tuple[Page, PageStatus]:
+    if isinstance(answer, Unusable):
+        return Page(), PageStatus(url=url, images=0, reason=answer.reason)
+    if answer.content_type.lower().startswith(("image/", "video/", "audio/", "font/")):
+        return Page(), PageStatus(url=url, images=0, reason="not_a_page")
+    product = product_token(fetcher.settings.user_agent)
+    page = read_page(answer.body, url=answer.url, content_type=answer.content_type, product=product)
+    return page, PageStatus(url=url, images=len(page.images), reason="robots_tag" if page.refuses else "")
+
+
+def _add_images(images: dict[str, Candidate], page: Page, url: str) -> None:
+    for image in page.images:
+        before = images.get(image.url)
+        captions = (*before.captions, *image.captions) if before else image.captions
+        extra = before.extra if before else {"page": url, "domain": urlsplit(url).hostname or ""}
+        distinct = tuple(dict.fromkeys(captions))[:MAX_CAPTIONS]
+        images[image.url] = Candidate(source=image.url, captions=distinct, extra=extra)

@@ -1,0 +1,324 @@
+"""A polite and wary HTTP client: URLs in, bodies or reasons out.
+
+Polite: robots.txt first, a named user agent, few connections and a steady pace for each host. Wary: the address is
+checked and pinned, redirects are checked again, time and decompressed bytes are capped, nothing is remembered between
+hosts. A fetch never raises for what a server does; it answers with a reason code.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiolimiter import AsyncLimiter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
+from yarl import URL
+
+from cogview.config import runtime_field
+from cogview.errors import ConfigError
+from cogview.records.pair import Unusable
+from cogview.records.responses import read_body, retry_after_s
+from cogview.records.robots import (
+    ROBOTS_BYTES,
+    RobotRules,
+    parse_robots,
+    product_token,
+    tag_forbids_training,
+)
+from cogview.records.urls import (
+    AddressPolicy,
+    host_and_port,
+    is_public_address,
+    normalise_url,
+    origin_of,
+    refuse_url,
+)
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_SMOOTHING_S = 0.05  # above 20 requests a second the pace is kept over windows of this length
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchSettings:
+    """Pace, patience and limits of one fetcher.
+
+    user_agent: starts with the product name that robots.txt may address, and should name a contact;
+    host_rate: requests per second to one host; host_connections: at once to one host; connections: at once in all;
+    total_s, read_s: deadlines of one attempt and of one silence, seconds; max_bytes: of the decompressed body;
+    max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks.
+    """
+
+    user_agent: str = "CogViewBot/0.1"
+    host_rate: float = runtime_field(4.0)
+    host_connections: int = runtime_field(4)
+    connections: int = runtime_field(64)
+    total_s: float = 30.0
+    read_s: float = 10.0
+    max_bytes: int = 16 * 1024 * 1024
+    max_redirects: int = 5
+    max_attempts: int = 3
+    max_wait_s: float = 30.0
+    policy: AddressPolicy = field(default_factory=AddressPolicy)
+
+    def __post_init__(self) -> None:
+        for name in ("host_rate", "host_connections", "connections", "total_s", "read_s", "max_bytes", "max_attempts"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"fetch.{name}={getattr(self, name)} lets nothing through; give a positive number")
+        if not product_token(self.user_agent).isascii() or not product_token(self.user_agent):
+            raise ConfigError(
+                f"fetch.user_agent={self.user_agent!r} has no name; write it like ExampleBot/1.0 (+contact)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A body and what its reader needs to know. url: the last one after redirects."""
+
+    url: str
+    body: bytes
+    content_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transient:
+    """An outcome worth another attempt, after `wait_s` if the server said so."""
+
+    outcome: Unusable
+    wait_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Redirect:
+    location: str
+
+
+# What the client raises, first match first. Details stay out: they name ports and depend on timing.
+_OUTCOMES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Unusable | _Transient], ...] = (
+    (aiohttp.ClientConnectorDNSError, Unusable("dns_failed")),
+    (aiohttp.ClientSSLError, Unusable("tls_failed")),
+    (TimeoutError, _Transient(outcome=Unusable("timeout"))),
+    (aiohttp.ClientPayloadError, _Transient(outcome=Unusable("bad_response", "the body broke off"))),
+    ((aiohttp.ClientResponseError, ValueError), Unusable("bad_response")),
+    (Exception, _Transient(outcome=Unusable("connection_failed"))),
+)
+
+
+class AddressRefusedError(OSError):
+    """A name that resolves to an address which the policy refuses."""
+
+
+class PolicyResolver(AbstractResolver):
+    """Resolves a name once, refuses it if any of its addresses is not public, and hands over what it looked at."""
+
+    def __init__(self, policy: AddressPolicy) -> None:
+        self._policy = policy
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        override = self._policy.override(host, port)
+        if override is not None:
+            return [_resolved(host, *override)]
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not addresses or not all(is_public_address(address) for address in addresses):
+            raise AddressRefusedError(f"{host} does not resolve to public addresses alone")
+        return [_resolved(host, address, port) for address in addresses]
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class Fetcher:
+    """An open client; use it as an async context manager. One event loop, any number of tasks."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self.settings = settings
+        self._product = product_token(settings.user_agent)
+        self._robots: dict[str, asyncio.Task[RobotRules | Unusable]] = {}
+        self._hosts: dict[str, _HostGate] = {}
+        self._connections = asyncio.Semaphore(settings.connections)
+
+    async def __aenter__(self) -> Self:
+        settings = self.settings
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=PolicyResolver(settings.policy), limit=settings.connections, ttl_dns_cache=300
+            ),
+            timeout=aiohttp.ClientTimeout(
+                total=settings.total_s, sock_connect=settings.read_s, sock_read=settings.read_s
+            ),
+            headers={"User-Agent": settings.user_agent, "Accept-Encoding": "gzip, deflate"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,  # a proxy from the environment would connect to addresses that nobody checked
+            auto_decompress=False,  # decompressed here, so that the cap holds for what comes out
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._robots.values():
+            task.cancel()
+        await asyncio.gather(*self._robots.values(), return_exceptions=True)
+        await self._session.close()
+
+    async def fetch(self, url: str) -> Fetched | Unusable:
+        """The body behind a URL if its site lets us have it.
+
+        Reasons: those of `normalise_url` and `refuse_url`, robots_disallowed, robots_unavailable, robots_tag,
+        tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed, tls_failed, timeout, bad_response,
+        body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit, redirect_downgrade.
+        """
+        return await self._follow(url, cap=self.settings.max_bytes, truncate=False, ask_robots=True)
+
+    async def rules_of(self, url: str) -> RobotRules | Unusable:
+        """The robots rules of a normalised URL's origin, asked for once."""
+        origin = origin_of(url)
+        if origin not in self._robots:
+            self._robots[origin] = asyncio.create_task(self._load_rules(origin))
+        return await asyncio.shield(self._robots[origin])
+
+    async def _load_rules(self, origin: str) -> RobotRules | Unusable:
+        answer = await self._follow(f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
+        if isinstance(answer, Fetched):
+            return parse_robots(answer.body, product=self._product)
+        unavailable = answer.reason.startswith("http_4") and answer.reason != "http_429"
+        if unavailable or answer.reason == "body_empty":
+            return parse_robots(b"", product=self._product)  # RFC 9309, 2.3.1.3: no rules, everything is allowed
+        if answer.reason.startswith("http_"):
+            return Unusable("robots_unavailable", answer.reason)  # 2.3.1.4: assume that everything is disallowed
+        return answer
+
+    async def _follow(self, url: str, *, cap: int, truncate: bool, ask_robots: bool) -> Fetched | Unusable:
+        current = normalise_url(url)
+        for _ in range(self.settings.max_redirects + 1):
+            if isinstance(current, Unusable):
+                return current
+            refused = await self._refuse(current, ask_robots=ask_robots)
+            if refused is not None:
+                return refused
+            answer = await self._attempts(current, cap=cap, truncate=truncate)
+            if not isinstance(answer, _Redirect):
+                return answer
+            target = normalise_url(answer.location, base=current)
+            if isinstance(target, str) and current.startswith("https:") and target.startswith("http:"):
+                return Unusable("redirect_downgrade")
+            current = target
+        return Unusable("redirect_limit", f"more than {self.settings.max_redirects}")
+
+    async def _refuse(self, url: str, *, ask_robots: bool) -> Unusable | None:
+        refused = refuse_url(url, self.settings.policy)
+        if refused is not None or not ask_robots:
+            return refused
+        rules = await self.rules_of(url)
+        if isinstance(rules, Unusable):
+            return rules
+        self._gate(url).slow_down(rules.crawl_delay)
+        return None if rules.allows(url) else Unusable("robots_disallowed")
+
+    async def _attempts(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect:
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda result: isinstance(result, _Transient)),
+            stop=stop_after_attempt(self.settings.max_attempts),
+            wait=self._pause,
+            retry_error_callback=_last_result,
+        )
+        result: Fetched | Unusable | _Redirect | _Transient = await retrying(
+            self._attempt, url, cap=cap, truncate=truncate
+        )
+        return result.outcome if isinstance(result, _Transient) else result
+
+    def _pause(self, state: RetryCallState) -> float:
+        asked = state.outcome.result().wait_s if state.outcome is not None else None
+        pause = 0.5 * 2.0**state.attempt_number if asked is None else asked
+        return min(max(pause, 0.1), self.settings.max_wait_s)
+
+    async def _attempt(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect | _Transient:
+        get = self._session.get
+        try:
+            async with (
+                self._gate(url).turn(),
+                self._connections,
+                get(URL(url, encoded=True), allow_redirects=False) as response,
+            ):
+                return self._judge_head(response) or await _read_fetched(url, response, cap=cap, truncate=truncate)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return _outcome_of(error)
+
+    def _judge_head(self, response: aiohttp.ClientResponse) -> Unusable | _Redirect | _Transient | None:
+        """What status and headers decide; None if the body is wanted."""
+        status, headers = response.status, response.headers
+        if status in REDIRECTS and "Location" in headers:
+            return _Redirect(location=headers["Location"])
+        if status in TRANSIENT_STATUSES:
+            return _Transient(outcome=Unusable(f"http_{status}"), wait_s=retry_after_s(headers.get("Retry-After", "")))
+        if status != 200:
+            return Unusable(f"http_{status}")
+        if tag_forbids_training(headers.getall("X-Robots-Tag", []), product=self._product):
+            return Unusable("robots_tag")
+        if headers.get("TDM-Reservation", "").strip() == "1":
+            return Unusable("tdm_reserved")
+        return None
+
+    def _gate(self, url: str) -> "_HostGate":
+        host, _ = host_and_port(url)
+        if host not in self._hosts:
+            self._hosts[host] = _HostGate(self.settings)
+        return self._hosts[host]
+
+
+class _HostGate:
+    """Lets requests to one host through at its pace."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self._slots = asyncio.Semaphore(settings.host_connections)
+        self._rate = settings.host_rate
+        self._pace = _limiter(self._rate)
+
+    def slow_down(self, crawl_delay: float) -> None:
+        """Keep at least this many seconds between two requests."""
+        if crawl_delay > 0 and 1.0 / crawl_delay < self._rate:
+            self._rate = 1.0 / min(crawl_delay, 60.0)
+            self._pace = _limiter(self._rate)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        async with self._slots:
+            await self._pace.acquire()
+            yield
+
+
+def _limiter(rate: float) -> AsyncLimiter:
+    burst = max(1.0, rate * _SMOOTHING_S)
+    return AsyncLimiter(burst, burst / rate)
+
+
+def _resolved(host: str, address: str, port: int) -> ResolveResult:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return ResolveResult(
+        hostname=host, host=address, port=port, family=family, proto=socket.IPPROTO_TCP, flags=socket.AI_NUMERICHOST
+    )
+
+
+def _last_result(state: RetryCallState) -> object:
+    return state.outcome.result() if state.outcome is not None else None
+
+
+def _outcome_of(error: Exception) -> Unusable | _Transient:
+    if isinstance(error, aiohttp.ClientConnectorDNSError) and isinstance(error.os_error, AddressRefusedError):
+        return Unusable("address_refused", "its name resolves to an address that is not public")
+    return next(outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds))
+
+
+async def _read_fetched(url: str, response: aiohttp.ClientResponse, *, cap: int, truncate: bool) -> Fetched | Unusable:
+    body = await read_body(response, cap=cap, truncate=truncate)
+    if isinstance(body, Unusable):
+        return body
+    return Fetched(url=url, body=body, content_type=response.headers.get("Content-Type", ""))

@@ -1,0 +1,183 @@
+"""Image bytes of unknown origin in, plain RGB pictures out, and pictures back to bytes that we made ourselves.
+
+Served bytes are never stored: a picture is decoded, checked and encoded anew, which strips metadata, trailing archives
+and everything else that a decoder can be made to stumble over. Only JPEG, PNG, WebP and GIF are opened.
+"""
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cogview.records.pair import Unusable
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PIXELS = 40_000_000  # 120 MB of RGB; Pillow itself only warns up to 179 megapixels
+BACKGROUND = (255, 255, 255)
+SMALL_PIXELS = 128 * 128  # below this, PNG costs little and keeps flat colours exact
+FLAT_COLOURS = 256
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's readers raise on hostile bytes. Nothing of our own runs inside those try blocks.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How pictures are stored.
+
+    image_size: longest allowed short side in pixels, larger ones are scaled down (0 keeps the size); crop: cut the
+    middle square as well; encoding: "auto" takes PNG for small or flat pictures and JPEG for the rest;
+    max_pixels: larger sources are refused.
+    """
+
+    image_size: int = 0
+    crop: bool = False
+    encoding: Literal["auto", "png", "jpeg"] = "auto"
+    jpeg_quality: int = 95
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """A stored picture: its bytes, the suffix of its file ("png" or "jpg") and its size in pixels."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+
+
+def store_image(data: bytes, settings: ImageSettings) -> EncodedImage | Unusable:
+    """Decode, fit and encode anew: the way of every picture into our tars."""
+    decoded = decode_image(data, max_pixels=settings.max_pixels, short_side=settings.image_size)
+    if isinstance(decoded, Unusable):
+        return decoded
+    fitted = fit_image(decoded, image_size=settings.image_size, crop=settings.crop)
+    return encode_image(fitted, encoding=settings.encoding, jpeg_quality=settings.jpeg_quality)
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Image.Image | Unusable:
+    """The picture in RGB, upright, its first frame, on white where it is transparent; or the reason why not.
+
+    short_side: the caller will scale down to this, so a JPEG may be decoded at a fraction of its size (at least twice
+    this side). Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
+    image_truncated, image_damaged.
+    """
+    if not data:
+        return Unusable("image_empty")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            return Unusable("image_too_many_pixels", f"{image.width}x{image.height}")
+        if short_side:
+            _draft(image, short_side)
+        image.load()
+        return _to_rgb(_upright(image))
+    except _BOMB_ERRORS:
+        return Unusable("image_too_many_pixels")
+    except UnidentifiedImageError:
+        return _sniff(data)
+    except _DECODE_ERRORS as error:
+        truncated = "truncated" in str(error).lower()
+        return Unusable("image_truncated" if truncated else "image_damaged", type(error).__name__)
+
+
+def fit_image(image: Image.Image, *, image_size: int, crop: bool = False) -> Image.Image:
+    """Scale down until the short side is `image_size` (never up; 0 leaves it), then cut the middle square if asked."""
+    scale = image_size / min(image.size) if image_size else 1.0
+    if scale < 1.0:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if not crop:
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def encode_image(
+    image: Image.Image, *, encoding: Literal["auto", "png", "jpeg"] = "auto", jpeg_quality: int = 95
+) -> EncodedImage:
+    """Encode an RGB picture without metadata. The same pixels and the same Pillow give the same bytes."""
+    as_png = encoding == "png" or (encoding == "auto" and _is_small_or_flat(image))
+    clean = image.copy()
+    clean.info.clear()  # the PNG writer would copy a colour profile from here
+    buffer = io.BytesIO()
+    if as_png:
+        clean.save(buffer, format="PNG", compress_level=6)
+    else:
+        clean.save(buffer, format="JPEG", quality=jpeg_quality, subsampling=0)
+    suffix = "png" if as_png else "jpg"
+    return EncodedImage(data=buffer.getvalue(), suffix=suffix, width=image.width, height=image.height)
+
+
+def _draft(image: Image.Image, short_side: int) -> None:
+    scale = 2 * short_side / min(image.size)
+    if scale < 1.0:
+        image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except _DECODE_ERRORS:
+        return image  # broken metadata beside sound pixels
+    method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _from_16_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale 0..65535 to 0..255; `convert` alone would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.float32)
+    return Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))  # 65535 = 255 x 257
+
+
+def _sniff(data: bytes) -> Unusable:
+    """Name what was sent instead of an image."""
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<!--")):
+        return Unusable("image_is_html")
+    if b"<svg" in head or head.startswith((b"%pdf", b"%!ps", b"ii*\x00", b"mm\x00*", b"bm", b"8bps", b"pk\x03\x04")):
+        return Unusable("image_format_refused")
+    return Unusable("not_an_image")
+
+
+def _is_small_or_flat(image: Image.Image) -> bool:
+    return image.width * image.height <= SMALL_PIXELS or image.getcolors(FLAT_COLOURS) is not None

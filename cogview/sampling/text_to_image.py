@@ -1,0 +1,108 @@
+"""A trained model with its two tokenizers: captions in, pictures out.
+
+In: the output folders of training. Out: codes and images. The checkpoint records the fingerprints of the tokenizers
+that it was trained with; with any others its ids would mean something else, so loading them together raises.
+"""
+
+# B batch, C channels, H height, W width, h w grid
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from cogview.errors import VocabularyError
+from cogview.models.gpt import GPT
+from cogview.models.published import load_model
+from cogview.sampling.autoregressive import generate_codes
+from cogview.sampling.choice import SamplingConfig
+from cogview.sequences.layout import TASKS
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.vqvae import ImageTokenizer
+
+LAYOUT = TASKS["text_to_image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImage:
+    """Model, tokenizers and vocabulary that belong together.
+
+    grid: image codes along one side; length: tokens of a full row in training.
+    """
+
+    model: GPT
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    vocabulary: Vocabulary
+    grid: int
+    length: int
+
+    @classmethod
+    def load(cls, checkpoint: Path, *, text_tokenizer: Path, image_tokenizer: Path, device: str = "cpu") -> Self:
+        """Load the published weights and both tokenizers, ready to sample.
+
+        Raises VocabularyError if the tokenizers are not those of the checkpoint, CheckpointError for a damaged file.
+        """
+        text, image = TextTokenizer.load(text_tokenizer), ImageTokenizer.load(image_tokenizer)
+        vocabulary = Vocabulary(image.num_codes, text.num_pieces)
+        model, settings = load_model(checkpoint)
+        found = {
+            "text_tokenizer": text.fingerprint,
+            "image_tokenizer": image.fingerprint,
+            "vocabulary": vocabulary.fingerprint,
+        }
+        require_fingerprints(settings["fingerprints"], found=found, where=checkpoint)
+        return cls(
+            model=model.to(device).eval(),
+            text_tokenizer=text,
+            image_tokenizer=image.to(device).eval(),
+            vocabulary=vocabulary,
+            grid=int(settings["grid"]),
+            length=int(settings["length"]),
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along one side of a picture."""
+        return self.grid * self.image_tokenizer.stride
+
+    def codes(
+        self,
+        captions: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Image codes int64 [B, h, w], one image for each caption; long captions are cut to the text budget."""
+        budget = LAYOUT.text_budget(length=self.length, num_image_tokens=self.grid**2)
+        prompts = [
+            LAYOUT.prompt_ids(self.text_tokenizer.encode(caption), vocabulary=self.vocabulary, max_text=budget)
+            for caption in captions
+        ]
+        return generate_codes(
+            self.model,
+            prompts,
+            vocabulary=self.vocabulary,
+            grid=self.grid,
+            sampling=sampling,
+            seeds=list(seeds),
+            progress=progress,
+        )
+
+    def decode(self, codes_Bhw: Tensor) -> Tensor:
+        """Pictures float [B, 3, H, W] in [0, 1]."""
+        return self.image_tokenizer.decode(codes_Bhw)
+
+
+def require_fingerprints(recorded: Mapping[str, str], *, found: Mapping[str, str], where: Path) -> None:
+    """VocabularyError unless every fingerprint found is the one recorded in the checkpoint."""
+    for name, fingerprint in found.items():
+        if recorded.get(name) != fingerprint:
+            raise VocabularyError(
+                f"{where} was trained with {name} {str(recorded.get(name))[:12]}, but the one given is "
+                f"{fingerprint[:12]}; give the {name.replace('_', ' ')} that it was trained with"
+            )

@@ -1,0 +1,77 @@
+"""Token rows -> SequenceBatch: shifted labels, positions and loss weights (CogView, section 2.3; spec of the release).
+
+The loss rule is the release's: a label counts towards the text part if its *input* token is not an image code, and
+towards the image part if it is. So the step from BOI1 to the first code is text, and the step from the last code to
+EOI1 is image.
+"""
+
+# B batch, L sequence
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cogview.errors import SchemaError
+from cogview.sequences.layout import IdSequence, SequenceLayout
+from cogview.tokenizers.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatch:
+    """What a model is trained on. All tensors are [B, L].
+
+    ids, positions, labels: int64; loss_weights: float32, 0 on padding; image_part: bool, True where the loss is the
+    image's. Attention is causal: padding lies at the end, where no real token sees it.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    image_part: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """length: tokens of a full row before the shift (CogView: 1089); weights: of the text's and the image's loss."""
+
+    length: int = 1089
+    text_loss_weight: float = 1.0
+    image_loss_weight: float = 1.0
+
+
+def build_batch(
+    text_ids: Sequence[IdSequence],
+    image_codes: npt.NDArray[np.uint16],
+    *,
+    layout: SequenceLayout,
+    config: SequenceConfig,
+    vocabulary: Vocabulary,
+) -> SequenceBatch:
+    """Lay out n rows: `text_ids` n lists of raw text pieces, `image_codes` uint16 [n, codes].
+
+    Rows are padded to the longest of the batch, which changes no loss. Texts over the budget are cut at their end.
+    """
+    if len(text_ids) != len(image_codes):
+        raise SchemaError(f"{len(text_ids)} texts for {len(image_codes)} images; a row has one of each")
+    budget = layout.text_budget(length=config.length, num_image_tokens=image_codes.shape[1])
+    rows = [
+        layout.fill(text, [codes], vocabulary=vocabulary, budget=budget)
+        for text, codes in zip(text_ids, image_codes, strict=True)
+    ]
+    padded_BL = np.full((len(rows), max(map(len, rows))), vocabulary.command("PAD"), dtype=np.int64)
+    for row, ids in enumerate(rows):
+        padded_BL[row, : len(ids)] = ids
+    tokens_BL = torch.from_numpy(padded_BL)
+    inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
+    image_part_BL = inputs_BL < vocabulary.image_ids.stop
+    weights_BL = torch.where(image_part_BL, config.image_loss_weight, config.text_loss_weight)
+    weights_BL = weights_BL.masked_fill(labels_BL == vocabulary.command("PAD"), 0.0)
+    positions_BL = torch.arange(inputs_BL.shape[1]).expand_as(inputs_BL)
+    return SequenceBatch(
+        ids=inputs_BL, positions=positions_BL, labels=labels_BL, loss_weights=weights_BL, image_part=image_part_BL
+    )

@@ -1,0 +1,106 @@
+"""Sequence layouts as data: a task *is* the order of its segments (CogView, section 2.3 and figure 3).
+
+In: text ids and image codes of a row. Out: one list of vocabulary ids. Command tokens are named here and put in by
+id, so no caption, whatever it says, can produce one. The text is what is cut when a row is too long; image tokens
+never are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cogview.errors import ConfigError
+from cogview.tokenizers.vocabulary import Vocabulary
+
+Ids = npt.NDArray[np.int64]
+IdSequence = Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of text or image tokens between command tokens; `loss_weight` multiplies the loss of its tokens."""
+
+    kind: Literal["text", "image"]
+    before: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    loss_weight: float = 1.0
+
+
+def text(*commands: str, loss_weight: float = 1.0) -> Segment:
+    """A text segment: command tokens, then the text. It has no end mark; the next command token ends it."""
+    return Segment(kind="text", before=commands, loss_weight=loss_weight)
+
+
+def image(*commands: str, loss_weight: float = 1.0) -> Segment:
+    """An image segment: command tokens, its codes row by row, then the command tokens whose names begin with EOI."""
+    before = tuple(name for name in commands if not name.startswith("EOI"))
+    after = tuple(name for name in commands if name.startswith("EOI"))
+    return Segment(kind="image", before=before, after=after, loss_weight=loss_weight)
+
+
+@dataclass(frozen=True, init=False)
+class SequenceLayout:
+    """The segments of a task in their order."""
+
+    segments: tuple[Segment, ...] = field(default_factory=tuple)
+
+    def __init__(self, *segments: Segment) -> None:
+        object.__setattr__(self, "segments", segments)
+
+    def overhead(self) -> int:
+        """How many command tokens the layout has."""
+        return sum(len(segment.before) + len(segment.after) for segment in self.segments)
+
+    def text_budget(self, *, length: int, num_image_tokens: int) -> int:
+        """How many text tokens fit into sequences of `length`. ConfigError when not even one does.
+
+        CogView's 1089 tokens leave 61 for the text: 1089 - 1024 codes - 4 command tokens.
+        """
+        num_images = sum(segment.kind == "image" for segment in self.segments)
+        budget = length - self.overhead() - num_images * num_image_tokens
+        if budget < 1:
+            raise ConfigError(
+                f"sequences of {length} tokens leave {budget} for the text beside {num_image_tokens} image tokens and "
+                f"{self.overhead()} command tokens; make them at least {length - budget + 1} long"
+            )
+        return budget
+
+    def prompt_ids(self, text_ids: IdSequence, *, vocabulary: Vocabulary, max_text: int) -> list[int]:
+        """Everything up to the first token of the last segment, for a layout of text then one image.
+
+        For `text_to_image`: ROI1, the text, BASE, BOI1; the codes are then generated.
+        """
+        ids: list[int] = []
+        for segment in self.segments:
+            ids += [vocabulary.command(name) for name in segment.before]
+            if segment is not self.segments[-1]:
+                ids += _text_tokens(text_ids, vocabulary=vocabulary, budget=max_text).tolist()
+        return ids
+
+    def fill(
+        self, text_ids: IdSequence, codes: Sequence[npt.NDArray[np.uint16]], *, vocabulary: Vocabulary, budget: int
+    ) -> Ids:
+        """The whole row of ids. `codes`: one flat array for each image segment, in order."""
+        parts: list[Ids] = []
+        images = iter(codes)
+        for segment in self.segments:
+            parts.append(np.array([vocabulary.command(name) for name in segment.before], dtype=np.int64))
+            if segment.kind == "text":
+                parts.append(_text_tokens(text_ids, vocabulary=vocabulary, budget=budget))
+            else:
+                parts.append(next(images).astype(np.int64))
+            parts.append(np.array([vocabulary.command(name) for name in segment.after], dtype=np.int64))
+        return np.concatenate(parts)
+
+
+# A task is a line. text_to_image is the pretraining template of the paper and of the release.
+TASKS: dict[str, SequenceLayout] = {
+    "text_to_image": SequenceLayout(text("ROI1"), image("BASE", "BOI1", "EOI1")),
+}
+
+
+def _text_tokens(text_ids: IdSequence, *, vocabulary: Vocabulary, budget: int) -> Ids:
+    return np.asarray(text_ids[:budget], dtype=np.int64) + vocabulary.text_offset

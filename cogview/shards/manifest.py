@@ -1,0 +1,160 @@
+"""Files that are whole or absent, and the manifest that says which of them are done.
+
+Law of the doors: a shard is written under a temporary name, synced, renamed, and only then entered in a manifest of its
+own (`_manifest/shard-00042.json`). Done means that the entry verifies. `manifest.json` closes a folder: it lists every
+shard with its rows, rejects and sha256, and its own digest is the digest of the folder's content.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from cogview.errors import ManifestError, StorageError
+
+ENTRY_FOLDER = "_manifest"
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """What is known of one finished shard. `rows_in == rows_out + sum(rejected.values())` unless rows are expanded."""
+
+    shard: int
+    rows_in: int
+    rows_out: int
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> {"bytes": int, "sha256": str}
+    input_digest: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shard_name(shard: int, suffix: str) -> str:
+    """`shard_name(42, "arrow")` is `shard-00042.arrow`."""
+    return f"shard-{shard:05d}.{suffix}"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under `path` whole, synced to disk, or not at all. StorageError on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise StorageError(f"cannot write {path}: {error.strerror}; free space or choose another output") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as readable JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ManifestError when the file is missing or cut."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise ManifestError(
+            f"{path} is missing or damaged ({error}); delete its folder and run the job again"
+        ) from error
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """`{"bytes": ..., "sha256": ...}` of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_entry(folder: Path, entry: ShardEntry) -> None:
+    """Enter a finished shard. Its files must lie in `folder` already."""
+    write_json(folder / ENTRY_FOLDER / f"shard-{entry.shard:05d}.json", asdict(entry))
+
+
+def read_entry(folder: Path, shard: int, *, input_digest: str = "", deep: bool = False) -> ShardEntry | None:
+    """The entry of a shard that is done, or None: absent, damaged, of another input, or its files do not match.
+
+    deep: compare sha256 as well as sizes.
+    """
+    try:
+        entry = ShardEntry(**read_json(folder / ENTRY_FOLDER / f"shard-{shard:05d}.json"))
+    except (ManifestError, TypeError):  # absent, damaged or of an older version: the shard is made again
+        return None
+    if input_digest and entry.input_digest != input_digest:
+        return None
+    return entry if all(_matches(folder, name, record, deep) for name, record in entry.files.items()) else None
+
+
+def write_manifest(folder: Path, entries: Sequence[ShardEntry], *, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Close a folder: totals, every entry, and what travels with the shards (`extra`: fingerprints, grid, ...)."""
+    rejected: dict[str, int] = {}
+    for entry in entries:
+        for reason, count in entry.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    manifest = {
+        "rows_in": sum(entry.rows_in for entry in entries),
+        "rows_out": sum(entry.rows_out for entry in entries),
+        "rejected": rejected,
+        "shards": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.shard)],
+        "extra": dict(extra),
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
+    """The folder's manifest after checking that every file it names is there. ManifestError names what is not."""
+    path = folder / MANIFEST_NAME
+    manifest = read_json(path)
+    for name, record in _named_files(manifest, path=path):
+        if not _matches(folder, name, record, deep):
+            raise ManifestError(
+                f"{folder / name} does not match {path.name} ({record}); delete it and run the job again"
+            )
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _named_files(manifest: Any, *, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        files = [item for entry in manifest["shards"] for item in entry["files"].items()]
+        records = [(name, {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}) for name, record in files]
+        manifest["extra"].keys()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{path} is not a manifest of shards; give the output folder of a job") from error
+    return records
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _matches(folder: Path, name: str, record: Mapping[str, Any], deep: bool) -> bool:
+    path = folder / name
+    if not _is_inside(name) or not path.is_file() or path.stat().st_size != record["bytes"]:
+        return False
+    return not deep or file_record(path)["sha256"] == record["sha256"]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""text, pixels -> ids, codes: the text tokenizer, the image tokenizer, and the vocabulary that joins them."""

@@ -1,0 +1,1 @@
+"""Batches -> checkpoints and step metrics."""

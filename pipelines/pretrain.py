@@ -1,0 +1,263 @@
+"""Pretrain the GPT on token shards: text and image tokens in one sequence.
+
+Command: python -m pipelines pretrain smoke --tokens ... --text-tokenizer ... --image-tokenizer ...
+Reads:   the Arrow shards of tokenize_pairs; both tokenizers, for the sample grids and the fingerprints
+Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png
+Time:    smoke: about 5 minutes on two cores
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cogview.config import input_field, runtime_field
+from cogview.errors import ConfigError
+from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
+from cogview.evaluation.losses import held_out_losses
+from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, save_model
+from cogview.models.sizes import SIZES
+from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.text_to_image import TextToImage
+from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
+from cogview.sequences.layout import TASKS
+from cogview.shards.order import SampleOrder
+from cogview.shards.reader import TokenRows, TokenShards
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.vqvae import ImageTokenizer
+from cogview.training.language_model import LanguageModelLoss, weighted
+from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.optimization import OptimizerConfig
+from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
+
+LAYOUT = TASKS["text_to_image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """tokens: the output of tokenize_pairs; text_tokenizer, image_tokenizer: those that made the tokens.
+
+    model: its vocabulary and positions are set from the tokens; max_text: text tokens of a row, longer captions are
+    cut; num_validation_rows: held-out rows scored during training; num_samples: pictures of the grid drawn with each
+    score.
+    """
+
+    tokens: Path | None = input_field(default=None)
+    text_tokenizer: Path | None = input_field(default=None)
+    image_tokenizer: Path | None = input_field(default=None)
+    model: GPTConfig = field(default_factory=lambda: SIZES["4b"])
+    max_text: int = 61
+    text_loss_weight: float = 1.0
+    loop: LoopConfig
+    num_workers: int = runtime_field(8)
+    num_validation_rows: int = runtime_field(512)
+    num_samples: int = runtime_field(16)
+
+
+PAPER = Config(
+    model=replace(SIZES["4b"], activation_checkpointing=True),
+    max_text=61,  # 1089 positions - 1024 codes - 4 command tokens
+    loop=LoopConfig(
+        num_steps=144_000,
+        global_batch_size=6144,  # 12 rows on each of 512 GPUs
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        checkpoint_every=500,
+        validate_every=2000,
+    ),
+    num_workers=512,
+)
+SMOKE = replace(
+    PAPER,
+    model=SIZES["tiny"],
+    max_text=28,
+    loop=LoopConfig(
+        num_steps=1300,
+        global_batch_size=32,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05, final_share=0.05),
+        log_every=20,
+        validate_every=325,
+        checkpoint_every=325,
+    ),
+    num_workers=2,
+    num_validation_rows=256,
+)
+PRESETS: dict[str, Config] = {"paper": PAPER, "smoke": SMOKE}
+
+
+def main(config: Config, run: JobRun) -> None:
+    """Check that tokens and tokenizers belong together, then train on Ray."""
+    settings = TaskSettings(config=config, output=run.output, inputs=require_inputs(config))
+    parts = settings.load()
+    run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
+    layers, weights = config.model.num_layers, count_weights(config, parts)
+    run.say(f"{len(parts.train):,} rows, {layers} layers, {weights:,} parameters")
+    job = TrainingJob(
+        build=build_task,
+        config=settings,
+        loop=config.loop,
+        identity={"digest": run.digest},
+        output=run.output,
+        num_workers=config.num_workers,
+    )
+    last = train_on_ray(job, run=run)
+    names = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
+    run.scores.update({name: last[name] for name in names if name in last})
+    tokens = config.loop.num_steps * config.loop.global_batch_size * last["tokens_per_row"]
+    run.scores.update(tokens=round(tokens), parameters=weights)
+    run.tracker.log_artifact(run.output / SETTINGS_NAME)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The input folders, all given."""
+
+    tokens: Path
+    text_tokenizer: Path
+    image_tokenizer: Path
+
+
+def require_inputs(config: Config) -> Inputs:
+    """The input folders. ConfigError names one that is not given."""
+    producers = {
+        "tokens": "tokenize_pairs",
+        "text_tokenizer": "train_text_tokenizer",
+        "image_tokenizer": "train_image_tokenizer",
+    }
+    for name, job in producers.items():
+        if getattr(config, name) is None:
+            raise ConfigError(f"{name} is not given; name the output folder of {job} with --{name.replace('_', '-')}")
+    return Inputs(**{name: getattr(config, name) for name in producers})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Tokens, tokenizers and vocabulary that belong together."""
+
+    train: TokenShards
+    validation: TokenShards
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    vocabulary: Vocabulary
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint carries and every reader checks."""
+        return {
+            "text_tokenizer": self.text_tokenizer.fingerprint,
+            "image_tokenizer": self.image_tokenizer.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What a worker builds its task from."""
+
+    config: Config
+    output: Path
+    inputs: Inputs
+
+    def load(self) -> Parts:
+        """Open everything. VocabularyError if the tokens were made with other tokenizers."""
+        text, image = TextTokenizer.load(self.inputs.text_tokenizer), ImageTokenizer.load(self.inputs.image_tokenizer)
+        parts = Parts(
+            train=TokenShards.open(self.inputs.tokens, split="train"),
+            validation=TokenShards.open(self.inputs.tokens, split="validation"),
+            text_tokenizer=text,
+            image_tokenizer=image,
+            vocabulary=Vocabulary(image.num_codes, text.num_pieces),
+        )
+        parts.train.require(**parts.fingerprints)
+        return parts
+
+
+def model_config(config: Config, parts: Parts) -> GPTConfig:
+    """The model's config with the vocabulary and positions that the tokens need."""
+    return replace(config.model, vocab_size=parts.vocabulary.size, max_positions=row_length(config, parts))
+
+
+def row_length(config: Config, parts: Parts) -> int:
+    """Tokens of a full row before the shift: the longest text, the image, and the layout's command tokens."""
+    return config.max_text + parts.train.grid**2 + LAYOUT.overhead()
+
+
+def count_weights(config: Config, parts: Parts) -> int:
+    """Weights of the model."""
+    return count_parameters(model_config(config, parts))
+
+
+class PretrainTask:
+    """The GPT as the training loop sees it."""
+
+    def __init__(self, settings: TaskSettings, ranks: Ranks) -> None:
+        self.config, self.output, self.parts, self.ranks = settings.config, settings.output, settings.load(), ranks
+        loop = self.config.loop
+        torch.manual_seed(loop.seed)
+        self.gpt = GPT(model_config(self.config, self.parts))
+        self.module: nn.Module = LanguageModelLoss(self.gpt)
+        self.order = SampleOrder(len(self.parts.train), loop.global_batch_size, loop.seed)
+        self.length = row_length(self.config, self.parts)
+
+    def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
+        """This worker's rows of a step."""
+        rows = self.parts.train.rows(ranks.share(self.order.indices(step)), with_texts=False)
+        return weighted(self.layout_rows(rows))
+
+    def validate(self, step: int) -> Mapping[str, Any]:
+        """Text and image loss on held-out rows, and a grid of pictures drawn for held-out captions."""
+        losses = held_out_losses(self.gpt, self.held_out_batches())
+        name = f"samples/step_{step:08d}.png"
+        (self.output / name).parent.mkdir(exist_ok=True)
+        self.draw_samples().save(self.output / name)
+        return {**{f"validation_{part}_loss": loss.value for part, loss in losses.items()}, PICTURE_KEY: name}
+
+    def publish(self, output: Path) -> None:
+        """Write the weights with what they were trained with."""
+        settings = {"fingerprints": self.parts.fingerprints, "grid": self.parts.train.grid, "length": self.length}
+        save_model(self.gpt, output, settings={**settings, "num_steps": self.config.loop.num_steps})
+
+    def layout_rows(self, rows: TokenRows) -> SequenceBatch:
+        """Token rows in CogView's pretraining template."""
+        sequence = SequenceConfig(length=self.length, text_loss_weight=self.config.text_loss_weight)
+        return build_batch(
+            rows.text_ids, rows.image_codes, layout=LAYOUT, config=sequence, vocabulary=self.parts.vocabulary
+        )
+
+    def held_out_batches(self) -> Iterator[SequenceBatch]:
+        """The first held-out rows, 32 at a time."""
+        number = min(self.config.num_validation_rows, len(self.parts.validation))
+        for start in range(0, number, 32):
+            yield self.layout_rows(self.parts.validation.rows(np.arange(start, min(start + 32, number))))
+
+    def draw_samples(self) -> Any:
+        """Pictures for captions spread over the held-out rows, always the same ones with the same seeds."""
+        held_out = self.parts.validation
+        number = min(self.config.num_samples, len(held_out))
+        captions = held_out.rows(np.linspace(0, len(held_out) - 1, number).astype(np.int64)).texts
+        painter = TextToImage(
+            model=self.gpt,
+            text_tokenizer=self.parts.text_tokenizer,
+            image_tokenizer=self.parts.image_tokenizer.to(self.ranks.device),
+            vocabulary=self.parts.vocabulary,
+            grid=held_out.grid,
+            length=self.length,
+        )
+        codes_Bhw = painter.codes(captions, seeds=list(range(number)), sampling=SamplingConfig())
+        pictures = to_pictures(painter.decode(codes_Bhw))
+        tiles = [Tile(images=(picture,), caption=text) for picture, text in zip(pictures, captions, strict=True)]
+        return draw_sheet(tiles)
+
+
+def build_task(settings: TaskSettings, ranks: Ranks) -> PretrainTask:
+    """Runs on each worker."""
+    return PretrainTask(settings, ranks)
+
+
+JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME, "metrics.jsonl"), main=main)

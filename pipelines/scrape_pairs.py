@@ -1,0 +1,218 @@
+"""Fetch images and their captions from web pages, or from a table of URLs, into tars of pairs.
+
+Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (+contact)"
+         python -m pipelines scrape_pairs paper --table urls.parquet
+Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
+Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
+Time:    the demo's 6,000 images take about 20 s on two cores; the web is as fast as its politeness allows
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cogview.config import digest_of, input_field, runtime_field
+from cogview.errors import ConfigError
+from cogview.records.candidates import Candidate, count_candidates, read_candidates, write_candidates
+from cogview.records.crawl import Crawl, crawl
+from cogview.records.fetch import Fetcher, FetchSettings
+from cogview.records.images import ImageSettings
+from cogview.records.pair import Failure, TextImagePair
+from cogview.records.pair_shards import MAX_SHARD_ROWS, write_pair_shard
+from cogview.records.scraping import scrape_pairs
+from cogview.records.tables import inspect_table, read_table
+from cogview.scenes.site import DemoSite, SiteConfig
+from cogview.shards.manifest import ShardEntry, atomic_file, file_record
+from pipelines.runtime.cluster import usable_cpus
+from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+
+CANDIDATES_NAME = "candidates.parquet"
+PAGES_NAME = "pages.parquet"
+# A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
+DEMO_HOST = "demo.cogview.test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to scrape (one of demo, pages, table) and how.
+
+    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and captions
+    (`image_column` and `caption_fields` if they have unusual names); shard_size: candidates to a shard; image: how
+    pictures are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
+    """
+
+    demo: SiteConfig | None = None
+    pages: tuple[str, ...] = ()
+    table: Path | None = input_field(default=None)
+    image_column: str = ""
+    caption_fields: tuple[str, ...] = ()
+    max_pages: int = 10_000
+    shard_size: int = 10_000
+    image: ImageSettings = field(default_factory=ImageSettings)
+    fetch: FetchSettings = field(default_factory=FetchSettings)
+    workers: int = runtime_field(0)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard_size <= MAX_SHARD_ROWS:
+            raise ConfigError(f"shard_size={self.shard_size} must lie between 1 and {MAX_SHARD_ROWS}")
+        if self.max_pages < 1:
+            raise ConfigError(f"max_pages={self.max_pages} reads nothing; use 1 or more")
+
+
+PAPER = Config(image=ImageSettings(image_size=256))  # the released model's pictures are 256 px
+PRESETS: dict[str, Config] = {
+    "paper": PAPER,
+    "smoke": replace(
+        PAPER,
+        demo=SiteConfig(num_scenes=6000),
+        shard_size=1000,
+        image=ImageSettings(encoding="png"),
+        fetch=FetchSettings(host_rate=5000.0, host_connections=16),  # the site is our own
+    ),
+}
+
+
+def main(config: Config, run: JobRun) -> None:
+    """List the candidates, fetch them shard by shard, and count what became of each."""
+    check_source(config)
+    candidates = run.output / CANDIDATES_NAME
+    with open_source(config) as fetch:
+        if not candidates.exists():
+            list_candidates(config, fetch=fetch, run=run)
+        work = partial(
+            scrape_shard, output=run.output, config=config, fetch=share(fetch, workers=count_workers(config))
+        )
+        entries = run_shards(work, plan_shards(candidates), folder=run.output, run=run, workers=config.workers)
+    close_folder(run, entries, extra={"image_size": config.image.image_size, "stage": "scrape_pairs"})
+
+
+def check_source(config: Config) -> None:
+    """ConfigError unless exactly one of demo, pages and table is given."""
+    given = [name for name in ("demo", "pages", "table") if getattr(config, name)]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ConfigError(f"give one of --pages, --table and the demo to scrape; {found} of them is given")
+
+
+@contextmanager
+def open_source(config: Config) -> Iterator[FetchSettings]:
+    """The fetch settings to use; the demo site runs meanwhile, allowed by its name alone."""
+    if config.demo is None:
+        yield config.fetch
+        return
+    with DemoSite(config.demo) as site:
+        address = site.url.removeprefix("http://")
+        policy = replace(config.fetch.policy, resolve={**config.fetch.policy.resolve, f"{DEMO_HOST}:80": address})
+        yield replace(config.fetch, policy=policy)
+
+
+def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> None:
+    """Write `candidates.parquet`, from the table or by walking the pages."""
+    if config.table is not None:
+        candidates: Iterator[Candidate] = read_url_table(config, config.table)
+    else:
+        found = asyncio.run(walk(config, fetch=fetch, run=run))
+        write_pages(found, run.output / PAGES_NAME)
+        refused = Counter(page.reason for page in found.pages if page.reason)
+        notes = "".join(f", {count} {reason}" for reason, count in sorted(refused.items()))
+        run.say(f"{len(found.pages):,} pages, {len(found.candidates):,} images{notes}")
+        candidates = iter(found.candidates)
+    with atomic_file(run.output / CANDIDATES_NAME) as file:
+        total = write_candidates(file, candidates, shard_size=config.shard_size)
+        if total == 0:
+            raise ConfigError("no image was found to scrape; check the start pages, robots.txt and the table")
+
+
+def read_url_table(config: Config, table: Path) -> Iterator[Candidate]:
+    """The rows of a table of URLs. ConfigError if it lists local files."""
+    columns = inspect_table(table, image_column=config.image_column, caption_fields=config.caption_fields)
+    if not columns.is_web:
+        raise ConfigError(
+            f"table: {table} lists files in column {columns.image}, no URLs; import_pairs --data reads it"
+        )
+    return read_table(table, columns)
+
+
+async def walk(config: Config, *, fetch: FetchSettings, run: JobRun) -> Crawl:
+    """Crawl from the start pages, showing how many pages are read."""
+    start = (f"http://{DEMO_HOST}/",) if config.demo is not None else config.pages
+    async with Fetcher(fetch) as fetcher:
+        return await crawl(
+            fetcher,
+            start,
+            max_pages=config.max_pages,
+            on_page=lambda done, known: run.progress(done, known, "pages"),
+        )
+
+
+def write_pages(found: Crawl, path: Path) -> None:
+    """What became of every page: url, images, reason."""
+    rows = [{"url": page.url, "images": page.images, "reason": page.reason} for page in found.pages]
+    schema = pa.schema([("url", pa.string()), ("images", pa.int32()), ("reason", pa.string())])
+    with atomic_file(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+
+
+def plan_shards(candidates: Path) -> list[ShardTask]:
+    """One task for each row group of the candidates."""
+    digest = file_record(candidates)["sha256"]
+    _, shards = count_candidates(candidates)
+    return [ShardTask(shard=shard, input_digest=digest_of([digest, shard])) for shard in range(shards)]
+
+
+def count_workers(config: Config) -> int:
+    """How many shards are fetched at a time."""
+    return config.workers or usable_cpus()
+
+
+def share(fetch: FetchSettings, *, workers: int) -> FetchSettings:
+    """One worker's part of what a host may be asked, so that all together keep to the limits."""
+    return replace(
+        fetch,
+        host_rate=fetch.host_rate / workers,
+        host_connections=max(1, fetch.host_connections // workers),
+        connections=max(1, fetch.connections // workers),
+    )
+
+
+def scrape_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:
+    """On a worker: fetch one shard's candidates and write its files."""
+    candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
+    outcomes = in_step(_outcomes(candidates, shard=task.shard, config=config, fetch=fetch))
+    counts = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes, open_file=atomic_file)
+    return shard_entry(
+        output, task, rows_in=len(candidates), rows_out=counts.ok, rejected=counts.failed, files=counts.files
+    )
+
+
+def in_step(outcomes: AsyncIterator[TextImagePair | Failure]) -> Iterator[TextImagePair | Failure]:
+    """The items of an async iterator, for a writer that is not async: the event loop runs while the next is awaited."""
+
+    async def step() -> TextImagePair | Failure | None:
+        return await anext(outcomes, None)
+
+    with asyncio.Runner() as runner:
+        while (outcome := runner.run(step())) is not None:
+            yield outcome
+
+
+async def _outcomes(
+    candidates: list[Candidate], *, shard: int, config: Config, fetch: FetchSettings
+) -> AsyncGenerator[TextImagePair | Failure, None]:
+    async with Fetcher(fetch) as fetcher:
+        pairs = scrape_pairs(candidates, shard=shard, fetcher=fetcher, settings=config.image)
+        async with contextlib.aclosing(pairs):
+            async for outcome in pairs:
+                yield outcome
+
+
+JOB = Job(name="scrape_pairs", version=1, products=("manifest.json", CANDIDATES_NAME), main=main)

@@ -1,0 +1,46 @@
+"""What many tests share: one Ray for the session, folders for runs, a quiet display, the real data sets."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.runtime.cluster import ensure_ray, shutdown_ray
+from pipelines.runtime.display import PlainDisplay
+
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray with two CPUs, started once for all tests that ask for it."""
+    ensure_ray(num_cpus=2)
+    yield
+    shutdown_ray()
+
+
+@pytest.fixture
+def quiet_display() -> PlainDisplay:
+    """A display that writes into memory; its lines are `quiet_display.stream.getvalue()`."""
+    return PlainDisplay([], stream=io.StringIO())
+
+
+@pytest.fixture(scope="session")
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of runs, and so one MLflow database, for the session: making a database takes seconds."""
+    return tmp_path_factory.mktemp("session") / "runs"
+
+
+@pytest.fixture
+def run_root(runs_folder: Path, tmp_path: Path) -> Path:
+    """An empty root for a run of this test alone."""
+    return runs_folder / tmp_path.name
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the checkout; tests that need it are skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data: {SHARED_DATA} does not exist")
+    return SHARED_DATA

@@ -1,0 +1,43 @@
+"""Layouts: CogView's template token for token, and text that gives way to image tokens, never the other way round."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogview.errors import ConfigError
+from cogview.sequences.layout import TASKS
+from cogview.tokenizers.vocabulary import Vocabulary
+
+RELEASED = Vocabulary()
+LAYOUT = TASKS["text_to_image"]
+CODES = np.arange(1024, dtype=np.uint16)
+
+
+def test_text_to_image_is_the_released_template() -> None:
+    ids = LAYOUT.fill([7, 8], [CODES], vocabulary=RELEASED, budget=61)
+    assert ids[:3].tolist() == [58199, 8199, 8200]  # ROI1, then the text, moved behind the image codes
+    assert ids[3:5].tolist() == [58208, 58193]  # BASE, BOI1
+    assert ids[5:1029].tolist() == list(range(1024))
+    assert ids[1029:].tolist() == [58196]  # EOI1
+
+
+def test_a_prompt_ends_where_the_codes_begin() -> None:
+    prompt = LAYOUT.prompt_ids([7, 8], vocabulary=RELEASED, max_text=61)
+    assert prompt == [58199, 8199, 8200, 58208, 58193]
+
+
+def test_the_released_length_leaves_61_text_tokens() -> None:
+    assert LAYOUT.overhead() == 4
+    assert LAYOUT.text_budget(length=1089, num_image_tokens=1024) == 61
+    with pytest.raises(ConfigError, match="at least 1029 long"):
+        LAYOUT.text_budget(length=1028, num_image_tokens=1024)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 200), st.integers(1, 61))
+def test_text_is_cut_and_image_tokens_never_are(num_text: int, budget: int) -> None:
+    ids = LAYOUT.fill(list(range(num_text)), [CODES], vocabulary=RELEASED, budget=budget)
+    assert len(ids) == min(num_text, budget) + 1028
+    assert ids[-1025:-1].tolist() == list(range(1024))
+    assert ids[1 : 1 + min(num_text, budget)].tolist() == [8192 + i for i in range(min(num_text, budget))]
