@@ -4,6 +4,9 @@ PYTHON ?= python3
 PRESET ?= smoke
 TORCH  ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 
+# Modules are compiled once, when they are first imported; without this every Ray worker would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN        := .venv/bin
 READY      := .venv/.ready
 READY_DEV  := .venv/.ready-dev

@@ -1,6 +1,6 @@
 """The road on real pictures: 7,670 emoji in six styles, with Chinese and English names.
 
-Command: make verify NAME=emoji [ARGS="--preset smoke --pretrain.num-steps 3000"]; unknown flags go to the road
+Command: make verify NAME=emoji [ARGS="--preset smoke --pretrain.loop.num-steps 3000"]; unknown flags go to the road
 Reports what went in, what was rejected and why, the tokens, the losses and where the sample grid is. It has no bar: the
 pictures are for looking at. The data lie beside the checkout, in ../shared/data/emoji.
 """

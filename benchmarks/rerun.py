@@ -55,7 +55,7 @@ def measure() -> Figures:
         (Path(folder) / "sitecustomize.py").write_text(HOOK.format(log=str(sockets)))
         environment = {**psutil.Process().environ(), "PYTHONPATH": folder}
         started = time.monotonic()
-        with ProcessWatch(environment, interval=0.1) as watch:
+        with ProcessWatch(environment, interval=0.2) as watch:
             done = subprocess.run(
                 COMMAND,
                 cwd=REPOSITORY,

@@ -116,7 +116,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One picture to draw. The seed alone decides it, whatever else is in the batch."""
+    """One picture to draw. Its seed decides it, not what else is in the batch (but for the last bits of a sum)."""
 
     prompt_index: int
     prompt: Prompt

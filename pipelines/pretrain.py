@@ -260,4 +260,4 @@ def build_task(settings: TaskSettings, ranks: Ranks) -> PretrainTask:
     return PretrainTask(settings, ranks)
 
 
-JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME, "metrics.jsonl"), main=main)
+JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)

@@ -1,6 +1,6 @@
 """Fetch images and their captions from web pages, or from a table of URLs, into tars of pairs.
 
-Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (+contact)"
+Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (contact)"
          python -m pipelines scrape_pairs paper --table urls.parquet
 Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
 Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
@@ -39,6 +39,7 @@ CANDIDATES_NAME = "candidates.parquet"
 PAGES_NAME = "pages.parquet"
 # A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
 DEMO_HOST = "demo.cogview.test"
+DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,7 @@ PRESETS: dict[str, Config] = {
         PAPER,
         demo=SiteConfig(num_scenes=6000),
         shard_size=1000,
-        image=ImageSettings(encoding="png"),
-        fetch=FetchSettings(host_rate=5000.0, host_connections=16),  # the site is our own
+        image=ImageSettings(image_size=64),
     ),
 }
 
@@ -111,8 +111,8 @@ def open_source(config: Config) -> Iterator[FetchSettings]:
         return
     with DemoSite(config.demo) as site:
         address = site.url.removeprefix("http://")
-        policy = replace(config.fetch.policy, resolve={**config.fetch.policy.resolve, f"{DEMO_HOST}:80": address})
-        yield replace(config.fetch, policy=policy)
+        policy = replace(config.fetch.policy, resolve={f"{DEMO_HOST}:80": address})
+        yield replace(config.fetch, policy=policy, host_rate=DEMO_RATE, host_connections=DEMO_CONNECTIONS)
 
 
 def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> None:

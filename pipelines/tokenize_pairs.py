@@ -53,7 +53,8 @@ class Config:
     image_size: side in pixels of the square that is encoded, a multiple of the image tokenizer's stride;
     validation_fraction: share of the pairs that is held out, at least one pair (see `validation_threshold`);
     max_characters: longer captions are cut; batch_size: images encoded at once, which may decide near-ties between
-    codes and is therefore part of the digest; workers: shards at a time (0: one for each CPU); device: cpu or cuda.
+    codes and is therefore part of the digest; workers: shards at a time (0: as many as there are CPUs, or GPUs);
+    device: cpu, or cuda for one GPU to each shard.
     """
 
     pairs: Path | None = input_field(default=None)
@@ -69,6 +70,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device is {self.device!r}; give cpu or cuda")
         for name in ("image_size", "max_characters", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -87,9 +90,12 @@ def main(config: Config, run: JobRun) -> None:
     origin = token_origin(inputs, image_size=config.image_size)
     shards = read_manifest(inputs.pairs)["shards"]
     threshold = validation_threshold(inputs.pairs, shards=shards, fraction=config.validation_fraction)
+    num_gpus = 1.0 if config.device == "cuda" else 0.0
     work = TokenizeShard(config=config, inputs=inputs, origin=origin, threshold=threshold, output=run.output)
     tasks = [ShardTask(shard=shard["shard"], input_digest=digest_of(shard["files"])) for shard in shards]
-    entries = run_shards(work, tasks, folder=run.output, run=run, workers=config.workers, note="tokenized")
+    entries = run_shards(
+        work, tasks, folder=run.output, run=run, workers=config.workers, num_gpus=num_gpus, note="tokenized"
+    )
     rows = {f"rows_{split}": sum(entry.extra[f"rows_{split}"] for entry in entries) for split in SPLITS}
     close_folder(run, entries, extra={**asdict(origin), **rows})
     require_both_splits(rows, config=config)

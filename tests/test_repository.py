@@ -81,7 +81,7 @@ def test_make_without_a_target_helps() -> None:
         (["pretrain", "DATA=/a b/it's"], """road 'smoke' --data '/a b/it'\\''s'"""),
         (["pretrain", "DATA=x", "CAPTIONS=zh,the other"], "--captions 'zh,the other'"),
         (["generate", 'PROMPT=a $5 "box"'], """--prompt 'a $5 "box"'"""),
-        (["pretrain", "PRESET=emoji", "ARGS=--pretrain.num-steps 5"], "road 'emoji'"),
+        (["pretrain", "PRESET=emoji", "ARGS=--pretrain.loop.num-steps 5"], "road 'emoji'"),
     ],
 )
 def test_make_hands_words_over_as_they_are(arguments: list[str], expected: str) -> None:

@@ -31,6 +31,7 @@ CHINESE_FONTS = (
     *("wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "uming.ttc"),
     *("PingFang.ttc", "Hiragino Sans GB.ttc", "STHeiti Light.ttc", "msyh.ttc", "simhei.ttf", "simsun.ttc"),
 )
+NO_FONT = "(a Chinese caption)"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -43,7 +44,7 @@ class Tile:
 
     images: tuple[Image.Image, ...]
     caption: str = ""
-    fallback: str = ""
+    fallback: str = NO_FONT
     note: str = ""
 
 

@@ -160,6 +160,8 @@ def read_pairs(path: Path) -> Iterator[TextImagePair]:
                     image = data
                 elif suffix == "json":
                     yield _own_pair(base, image, json.loads(data))
+            if not _ends_at(path, tar.offset):
+                raise EOFError("it does not end where a tar ends")
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
         raise ManifestError(f"{path} is damaged ({error}); delete it and run the job that wrote it again") from error
 

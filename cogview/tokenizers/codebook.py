@@ -114,8 +114,18 @@ class MovingAverageCodebook(nn.Module):
 
     @torch.no_grad()
     def _start_from(self, vectors_ND: Tensor) -> None:
-        """Move the whole codebook onto vectors of the first batch, where the data is."""
-        self._set_codes(torch.arange(self.config.num_codes, device=vectors_ND.device), vectors_ND, salt=1)
+        """Move the whole codebook onto vectors of the first batch, in rounds that double the codes placed so far.
+
+        Each round draws vectors in proportion to their squared distance from the codes already there, so that a ground
+        colour that fills most of every picture does not take most of the codebook.
+        """
+        distances_N = torch.ones(len(vectors_ND), device=vectors_ND.device)
+        placed = 0
+        while placed < self.config.num_codes:
+            upto = min(self.config.num_codes, max(1, 2 * placed))
+            self._place(torch.arange(placed, upto, device=vectors_ND.device), vectors_ND, distances_N, salt=upto)
+            placed = upto
+            distances_N = self._squared_distances(vectors_ND, self.codebook_KD[:placed])
 
     @torch.no_grad()
     def _update(self, vectors_ND: Tensor, codes_N: Tensor) -> None:
@@ -133,24 +143,44 @@ class MovingAverageCodebook(nn.Module):
         if self.config.revive_below > 0 and int(self.num_batches) % self.config.revive_every == 0:
             dead = (self.counts_K < self.config.revive_below).nonzero().squeeze(1)
             if len(dead):
-                self._set_codes(dead, vectors_ND, salt=2)
+                distances_N = self._squared_distances(vectors_ND, self.codebook_KD)
+                self._place(dead, vectors_ND, distances_N, salt=0)
 
-    def _set_codes(self, indices: Tensor, vectors_ND: Tensor, *, salt: int) -> None:
-        """Put the codes at `indices` onto vectors drawn from the batch of all workers, with a count of one."""
+    def _place(self, indices: Tensor, vectors_ND: Tensor, weights_N: Tensor, *, salt: int) -> None:
+        """Put the codes at `indices` onto vectors of all workers' batches, drawn by weight, each with a count of one.
+
+        The draw is a race of exponential clocks over the numbering of the whole batch, so that it does not depend on
+        how the batch is spread over workers. Only the times and the winners travel.
+        """
         world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
-        per_rank = len(vectors_ND)
-        generator = torch.Generator().manual_seed(int(self.num_batches) * 2 + salt)
-        chosen = torch.randint(per_rank * world, (len(indices),), generator=generator).to(vectors_ND.device)
-        drawn = torch.zeros(len(indices), vectors_ND.shape[1], device=vectors_ND.device)
-        mine = (chosen // per_rank) == rank
-        drawn[mine] = vectors_ND[chosen[mine] % per_rank]
+        number, size = len(indices), len(vectors_ND)
+        generator = torch.Generator().manual_seed(int(self.num_batches) * 65537 + salt)
+        clocks_N = torch.empty(size * world).exponential_(generator=generator)[rank * size : (rank + 1) * size]
+        times_N = clocks_N.to(vectors_ND.device) / weights_N.clamp_min(1e-12)
+        own_times, own_rows = times_N.topk(min(number, size), largest=False)
+        if len(own_rows) < number:  # fewer vectors than codes: some are taken again
+            again = torch.arange(number, device=own_rows.device) % len(own_rows)
+            own_times, own_rows = own_times[again], own_rows[again]
+        all_times = [torch.empty_like(own_times) for _ in range(world)]
+        if world > 1:
+            dist.all_gather(all_times, own_times)
+        else:
+            all_times = [own_times]
+        winners = torch.cat(all_times).topk(number, largest=False).indices  # rank * number + place, fastest first
+        drawn = torch.zeros(number, vectors_ND.shape[1], device=vectors_ND.device)
+        mine = winners // number == rank
+        drawn[mine] = vectors_ND[own_rows[winners[mine] % number]]
         if world > 1:
             dist.all_reduce(drawn)
         noise = torch.randn(drawn.shape, generator=generator).to(drawn.device)
-        drawn += noise * (drawn.std() * 0.01 + 1e-6)  # two codes on one vector would never part
+        drawn += noise * (drawn.square().mean().sqrt() * 1e-3 + 1e-9)  # two codes on one vector would never part
         self.codebook_KD[indices] = drawn
         self.sums_KD[indices] = drawn
         self.counts_K[indices] = 1.0
+
+    @staticmethod
+    def _squared_distances(vectors_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+        return (vectors_ND - codebook_KD[nearest_codes(vectors_ND, codebook_KD)]).square().sum(dim=1)
 
 
 def _distributed() -> bool:

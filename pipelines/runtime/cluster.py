@@ -7,10 +7,16 @@ workers print lies in the session folder (`ray_logs()`), not on the screen.
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cogview.errors import CogViewError, ConfigError
 from pipelines.runtime.failures import Isolated, first_line
@@ -28,6 +34,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; setting it silences the warning about it
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_RAISE_ORIGINAL_MAP_EXCEPTION": "1",  # else an error of ours is lost on its way from a worker
     "RAY_DEDUP_LOGS": "0",
     "RAY_LOG_TO_DRIVER": "0",
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
@@ -35,6 +42,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_enable_open_telemetry": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 would starve the workers beside any other program of a laptop
+    "RAY_worker_register_timeout_seconds": "300",
     "RAY_num_workers_soft_limit": "0",  # idle workers give their memory back,
     "RAY_idle_worker_killing_time_threshold_ms": "10000",  # but not between two steps of one stage
 }
@@ -69,7 +78,7 @@ def ensure_ray(*, address: str | None = None, num_cpus: int | None = None) -> No
     else:
         _check_answers(address)
     for attempt in range(START_ATTEMPTS):
-        with Isolated() as start:
+        with Isolated() as start, _own_sigterm(), _no_orphans():
             context = ray.init(address=address, **options)
             _session["folder"] = Path(context.address_info["session_dir"])
         if start.error is None:
@@ -111,3 +120,31 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it, or unset it") from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to whoever had it: Ray's handler would end the process without a word or a clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
+def _no_orphans() -> Iterator[None]:
+    """End the daemons of a start that failed; Ray forgets them."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    has_started = False
+    try:
+        yield
+        has_started = True
+    finally:
+        daemons = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        for daemon in [] if has_started else daemons:
+            with suppress(psutil.NoSuchProcess):
+                daemon.kill()

@@ -8,6 +8,7 @@ from typing import Self
 from cogview.errors import CogViewError, StorageError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+RAY_DATA_NOTE = "Failed to apply UDF transform after"  # what Ray Data appends to the words of an error
 
 
 def find_cause(error: BaseException) -> CogViewError | None:
@@ -17,7 +18,8 @@ def find_cause(error: BaseException) -> CogViewError | None:
     """
     for found in _causes(error):
         if isinstance(found, CogViewError) and not hasattr(found, "cause"):  # Ray's double of ours has a cause
-            return found
+            words, note, _ = str(found).partition(RAY_DATA_NOTE)
+            return type(found)(words.rstrip()) if note else found
         if isinstance(found, OSError) and found.errno in FULL_DISK:
             where = f"cannot write {found.filename}" if found.filename else "cannot write"
             return StorageError(f"{where}: {found.strerror}; free space or choose another --root")

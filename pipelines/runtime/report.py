@@ -30,10 +30,12 @@ PICTURES = {
         ("evaluate", "reconstructions.png", "Unseen scenes, original left and reconstruction right"),
     ),
     "Loss": (("evaluate", "curves.png", "Training and held-out loss in nats per token"),),
+    "While learning": (("pretrain", "samples/step_*.png", "Samples for held-out captions"),),
 }
 GROUPS = ("all", "one shape", "two shapes", "English", "Chinese")  # JSON on disk is sorted by name, a table is not
 ATTRIBUTES = ("mean", "shape", "colour", "size", "background", "position", "count")
 MAX_SAMPLES = 96
+MAX_STEPS_SHOWN = 4
 MAX_PICTURE_SIDE = 256  # of a sample, so that a report of large pictures stays small enough to send
 REASON_ROWS = 40
 
@@ -128,11 +130,13 @@ def _funnel(stages: Iterable[Stage]) -> list[dict[str, Any]]:
 
 
 def _pictures(stages: Iterable[Stage], wanted: Iterable[tuple[str, str, str]]) -> list[dict[str, str]]:
+    """The pictures that are there; of a pattern of steps the last few."""
     folders = {stage.job: stage.folder for stage in stages}
     return [
-        {"title": title, "data": _data_url((folders[job] / name).read_bytes())}
-        for job, name, title in wanted
-        if job in folders and (folders[job] / name).is_file()
+        {"title": f"{title}, {path.stem}" if "*" in pattern else title, "data": _data_url(path.read_bytes())}
+        for job, pattern, title in wanted
+        if job in folders
+        for path in sorted(folders[job].glob(pattern))[-MAX_STEPS_SHOWN:]
     ]
 
 

@@ -41,16 +41,24 @@ Work = Callable[[ShardTask], ShardEntry]
 
 
 def run_shards(
-    work: Work, tasks: Sequence[ShardTask], *, folder: Path, run: JobRun, workers: int = 0, note: str = "shards"
+    work: Work,
+    tasks: Sequence[ShardTask],
+    *,
+    folder: Path,
+    run: JobRun,
+    workers: int = 0,
+    num_gpus: float = 0.0,
+    note: str = "shards",
 ) -> list[ShardEntry]:
     """Do the tasks that are not done yet, `workers` at a time (0: one for each CPU). Entries of all, in shard order.
 
     work: runs on a worker, leaves its files in `folder` and returns their entry; it must be picklable.
+    num_gpus: that each task has to itself; tasks wait until the cluster has them.
     """
     pending = [task for task in tasks if _entry(folder, task) is None]
     rows_out = 0
     run.progress(len(tasks) - len(pending), len(tasks), note)
-    for finished, result in enumerate(_map(work, pending, folder=folder, workers=workers), start=1):
+    for finished, result in enumerate(_map(work, pending, folder=folder, workers=workers, num_gpus=num_gpus), start=1):
         rows_out += result["rows_out"]
         run.progress(len(tasks) - len(pending) + finished, len(tasks), f"{note}, {rows_out:,} rows")
         logger.info("shard %d: %d in, %d out", result["shard"], result["rows_in"], result["rows_out"])
@@ -91,7 +99,9 @@ def close_folder(run: JobRun, entries: Sequence[ShardEntry], *, extra: Mapping[s
         raise ConfigError(f"none of {total} candidates became a pair ({rejected}); check the data and the rules")
 
 
-def _map(work: Work, tasks: Sequence[ShardTask], *, folder: Path, workers: int) -> Iterator[dict[str, Any]]:
+def _map(
+    work: Work, tasks: Sequence[ShardTask], *, folder: Path, workers: int, num_gpus: float
+) -> Iterator[dict[str, Any]]:
     if not tasks:
         return
     ensure_ray()
@@ -106,6 +116,7 @@ def _map(work: Work, tasks: Sequence[ShardTask], *, folder: Path, workers: int) 
     results = dataset.map(
         partial(_do_task, work=work, folder=folder),
         num_cpus=1,
+        num_gpus=num_gpus or None,
         concurrency=workers or None,
         max_retries=MAX_RETRIES,
     )

@@ -149,6 +149,22 @@ def test_scores_and_stages_are_there(chain, tmp_path):
     assert "not a number" not in page.text
 
 
+def test_of_the_pictures_by_step_the_last_four_are_shown(chain, tmp_path):
+    for step in (100, 200, 300, 400, 500):
+        save_picture(tmp_path / f"pretrain/samples/step_{step:08d}.png")
+    chain["stages"].append({"job": "pretrain", "output": "pretrain"})
+    _, page = read_page(chain, tmp_path)
+    assert "Samples for held-out captions, step_00000100" not in page.text
+    assert [f"step_00000{step}00" in page.text for step in (2, 3, 4, 5)] == [True] * 4
+
+
+def test_stages_that_wait_are_left_out(chain, tmp_path):
+    _, before = read_page(chain, tmp_path)
+    chain["stages"].append({"job": "evaluate_more", "state": "waiting"})
+    _, page = read_page(chain, tmp_path)
+    assert page.text == before.text
+
+
 def test_a_chain_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "scrape").mkdir()
     stage = {

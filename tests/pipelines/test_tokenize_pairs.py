@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cogview.errors import ConfigError
+from cogview.errors import ConfigError, ManifestError
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.shards.manifest import ShardEntry, read_manifest
@@ -265,7 +265,14 @@ def test_an_image_size_that_does_not_fit_the_tokenizer_is_refused(root: Path, in
 
 
 @pytest.mark.parametrize(
-    "change", [{"validation_fraction": 0.0}, {"validation_fraction": 1.0}, {"image_size": 0}, {"batch_size": 0}]
+    "change",
+    [
+        {"validation_fraction": 0.0},
+        {"validation_fraction": 1.0},
+        {"image_size": 0},
+        {"batch_size": 0},
+        {"device": "tpu"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(inputs: Config, change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
@@ -278,7 +285,7 @@ def test_a_damaged_tar_is_named(tmp_path: Path, root: Path, inputs: Config) -> N
     shutil.copytree(inputs.pairs, pairs)
     tar = pairs / "shard-00001.tar"
     tar.write_bytes(b"\xff" * tar.stat().st_size)
-    with pytest.raises(Exception, match=r"shard-00001\.tar is damaged"):
+    with pytest.raises(ManifestError, match=r"shard-00001\.tar is damaged"):
         run(replace(inputs, pairs=pairs), root)
 
 

@@ -1,0 +1,175 @@
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cogview.errors import ConfigError, ManifestError
+from cogview.filters.pairs import FilterRules
+from cogview.records.images import ImageSettings
+from cogview.records.pair import Failure, TextImagePair
+from cogview.records.pair_shards import pair_key, store_pair
+from cogview.records.tars import read_pairs
+from cogview.shards.manifest import read_manifest
+from pipelines.filter_pairs import PRESETS, Config, main
+from tests.pipelines.job_runs import ShownRun, open_run
+from tests.pipelines.pair_folders import write_pair_folder
+from tests.records.web_site import encode
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+SMOKE = PRESETS["smoke"]
+
+
+def noise(seed: int, *, size: tuple[int, int] = (64, 64)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels))
+
+
+def stored(shard: int, row: int, image: bytes, captions: Sequence[str]) -> TextImagePair | Failure:
+    pair = TextImagePair(
+        key=pair_key(shard, row), captions=tuple(captions), image_bytes=image, source=f"s{shard}/{row}"
+    )
+    return store_pair(pair, ImageSettings())
+
+
+SHARDS: list[list[tuple[bytes, Sequence[str]]]] = [
+    [
+        (noise(0), ["IMG_1234.jpg"]),  # rejected, so the same image in the next shard is no repetition
+        (noise(1), ["a dog", "IMG_0001.jpg", "一只狗"]),
+        (noise(2), ["often"]),
+        (noise(3, size=(20, 64)), ["thin"]),
+    ],
+    [
+        (noise(0), ["a cat"]),
+        (noise(1), ["the dog again"]),
+        (noise(4), ["often"]),
+        (encode(Image.new("RGB", (64, 64))), ["blank"]),
+    ],
+    [(noise(1), ["and again"]), (noise(5), ["often", "rare"]), (b"<html>", ["failed before"])],
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [
+        [stored(shard, row, *pair) for row, pair in enumerate(shard_rows)] for shard, shard_rows in enumerate(SHARDS)
+    ]
+    return write_pair_folder(tmp_path_factory.mktemp("pairs"), rows)
+
+
+def filtered(pairs: Path, output: Path, **changes: Any) -> ShownRun:
+    run = open_run(output)
+    main(replace(SMOKE, pairs=pairs, **changes), run)
+    return run
+
+
+def captions_by_key(folder: Path) -> dict[str, tuple[str, ...]]:
+    return {pair.key: pair.captions for tar in sorted(folder.glob("*.tar")) for pair in read_pairs(tar)}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.suffix in (".tar", ".parquet", ".json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def test_pairs_are_kept_or_rejected_with_a_reason(pairs: Path, tmp_path: Path) -> None:
+    run = filtered(pairs, tmp_path)
+    assert captions_by_key(tmp_path) == {
+        "00000_00001": ("a dog", "一只狗"),
+        "00000_00002": ("often",),
+        "00001_00000": ("a cat",),
+        "00001_00002": ("often",),
+        "00002_00001": ("often", "rare"),
+    }
+    manifest = read_manifest(tmp_path, deep=True)
+    assert (manifest["rows_in"], manifest["rows_out"]) == (10, 5)
+    assert manifest["rejected"] == {
+        "caption_is_file_name": 1,
+        "image_too_small": 1,
+        "image_duplicate": 2,
+        "image_blank": 1,
+    }
+    assert manifest["extra"]["captions_dropped"] == {"caption_is_file_name": 2}
+    assert run.scores["rows_out"] == 5
+    assert not (tmp_path / "_work").exists()
+
+
+def test_rejected_pairs_are_written_with_rule_and_reason(pairs: Path, tmp_path: Path) -> None:
+    filtered(pairs, tmp_path)
+    rows = [row for path in sorted((tmp_path / "rejected").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert {(row["key"], row["rule"], row["reason"]) for row in rows} == {
+        ("00000_00000", "is_no_file_name", "caption_is_file_name"),
+        ("00000_00003", "min_side", "image_too_small"),
+        ("00001_00001", "repeated_images", "image_duplicate"),
+        ("00001_00003", "min_contrast", "image_blank"),
+        ("00002_00000", "repeated_images", "image_duplicate"),
+    }
+
+
+def test_workers_and_order_change_nothing(pairs: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        filtered(pairs, tmp_path / str(workers), workers=workers)
+    one, two = (bytes_of(tmp_path / str(workers)) for workers in (1, 2))
+    one.pop("tracking/reasons.json", None)
+    two.pop("tracking/reasons.json", None)
+    assert one == two
+
+
+def test_frequent_captions_are_dropped_everywhere(pairs: Path, tmp_path: Path) -> None:
+    run = filtered(pairs, tmp_path, rules=FilterRules(min_side=32, max_caption_repeats=2))
+    assert captions_by_key(tmp_path) == {
+        "00000_00001": ("a dog", "一只狗"),
+        "00001_00000": ("a cat",),
+        "00002_00001": ("rare",),
+    }
+    assert run.scores["rejected_caption_too_frequent"] == 2
+
+
+def test_an_interrupted_filter_goes_on_where_it_stopped(pairs: Path, tmp_path: Path) -> None:
+    whole = filtered(pairs, tmp_path / "whole")
+    output = shutil.copytree(whole.output, tmp_path / "cut")
+    (output / "manifest.json").unlink()
+    (output / "shard-00001.tar").write_bytes(b"")
+    filtered(pairs, output)
+    assert bytes_of(output) == bytes_of(whole.output)
+
+
+def test_a_damaged_input_stops_the_run(pairs: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(pairs, tmp_path / "damaged")
+    tar = damaged / "shard-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    with pytest.raises(ManifestError, match=r"shard-00001\.tar does not match"):
+        filtered(damaged, tmp_path / "out")
+
+
+def test_rules_that_keep_nothing_say_so(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of 10 candidates became a pair.*image_too_small"):
+        filtered(pairs, tmp_path, rules=FilterRules(min_side=1000))
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (FilterRules(min_caption=0), "min_caption=0"),
+        (FilterRules(min_caption=9, max_caption=3), "min_caption=9"),
+        (FilterRules(max_aspect=0.5), "max_aspect=0.5"),
+        (FilterRules(max_caption_repeats=-1), "max_caption_repeats=-1"),
+    ],
+)
+def test_thresholds_that_cannot_work_are_refused(rules: FilterRules, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Config(rules=rules)
+
+
+def test_no_pairs_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--pairs"):
+        main(SMOKE, open_run(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match="manifest"):
+        main(replace(SMOKE, pairs=tmp_path / "empty"), open_run(tmp_path))
