@@ -1,5 +1,4 @@
-"""The errors of a bad *run*. Each names the key, the value and the remedy; a bad *record* is a value, never an error.
-"""
+"""The errors of a bad *run*. Each names the key, the value and the remedy. A bad *record* is a value, not an error."""
 
 
 class CogViewError(Exception):

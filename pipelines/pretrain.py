@@ -44,15 +44,17 @@ LAYOUT = TASKS["text_to_image"]
 class Config:
     """tokens: the output of tokenize_pairs; text_tokenizer, image_tokenizer: those that made the tokens.
 
-    model: its vocabulary and positions are set from the tokens; max_text: text tokens of a row, longer captions are
-    cut; num_validation_rows: held-out rows scored during training; num_samples: pictures of the grid drawn with each
-    score.
+    model: its vocabulary and positions are set from the tokens; embeddings_from_codebook: the embeddings of image codes
+    start as a random projection of the codebook's vectors, so that codes that look alike start alike; max_text: text
+    tokens of a row, longer captions are cut; num_validation_rows: held-out rows scored during training; num_samples:
+    pictures of the grid drawn with each score.
     """
 
     tokens: Path | None = input_field(default=None)
     text_tokenizer: Path | None = input_field(default=None)
     image_tokenizer: Path | None = input_field(default=None)
     model: GPTConfig = field(default_factory=lambda: SIZES["4b"])
+    embeddings_from_codebook: bool = False
     max_text: int = 61
     text_loss_weight: float = 1.0
     loop: LoopConfig
@@ -75,15 +77,17 @@ PAPER = Config(
 )
 SMOKE = replace(
     PAPER,
-    model=SIZES["tiny"],
+    model=replace(SIZES["tiny"], embedding_gradient=1.0),  # the shrink steadies deep models; this one is shallow
+    embeddings_from_codebook=True,
     max_text=28,
+    text_loss_weight=0.5,  # with so few steps the pictures are worth more than the captions
     loop=LoopConfig(
-        num_steps=1300,
+        num_steps=1500,
         global_batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05, final_share=0.05),
+        optimizer=OptimizerConfig(learning_rate=6e-3, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=325,
-        checkpoint_every=325,
+        validate_every=500,
+        checkpoint_every=250,
     ),
     num_workers=2,
     num_validation_rows=256,
@@ -193,6 +197,19 @@ def count_weights(config: Config, parts: Parts) -> int:
     return count_parameters(model_config(config, parts))
 
 
+@torch.no_grad()
+def start_from_codebook(gpt: GPT, parts: Parts) -> None:
+    """Set the embeddings of image codes to a random projection of their vectors, at the usual scale.
+
+    The codebook's geometry is kept (Johnson and Lindenstrauss), so what is learned of one code is learned of its like.
+    """
+    vectors_KD = parts.image_tokenizer.codebook.codebook_KD
+    centred_KD = vectors_KD - vectors_KD.mean(dim=0)
+    projected_KE = centred_KD @ torch.randn(vectors_KD.shape[1], gpt.config.hidden_size)
+    ids = parts.vocabulary.image_ids
+    gpt.word_embeddings.weight[ids.start : ids.stop] = projected_KE / projected_KE.std() * gpt.config.init_std
+
+
 class PretrainTask:
     """The GPT as the training loop sees it."""
 
@@ -201,6 +218,8 @@ class PretrainTask:
         loop = self.config.loop
         torch.manual_seed(loop.seed)
         self.gpt = GPT(model_config(self.config, self.parts))
+        if self.config.embeddings_from_codebook:
+            start_from_codebook(self.gpt, self.parts)
         self.module: nn.Module = LanguageModelLoss(self.gpt)
         self.order = SampleOrder(len(self.parts.train), loop.global_batch_size, loop.seed)
         self.length = row_length(self.config, self.parts)

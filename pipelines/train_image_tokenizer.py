@@ -83,6 +83,7 @@ SMOKE = replace(
     # Narrow where the picture is large: the last layer at full resolution costs as much as all others together.
     model=VQVAEConfig(
         widths=(16, 32, 96),
+        commitment_weight=1.0,
         codebook=CodebookConfig(num_codes=512, code_dim=32, decay=0.97, start_after=100, revive_below=0.3),
     ),
     loop=LoopConfig(
@@ -129,7 +130,7 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def cache_pixels(pairs: Path, *, config: Config, run: JobRun) -> int:
-    """Decode up to `max_images` pictures, evenly chosen, into `pixels.npy`; returns how many. A finished one is kept."""
+    """Decode up to `max_images` pictures, evenly chosen, into `pixels.npy`, unless it is there; returns how many."""
     path = run.output / PIXELS_NAME
     if path.exists():
         return len(np.load(path, mmap_mode="r"))
@@ -156,7 +157,7 @@ def cache_pixels(pairs: Path, *, config: Config, run: JobRun) -> int:
 
 
 def decoded_pictures(shards: Sequence[Path], *, share: float, image_size: int) -> Iterator[Pixels]:
-    """Pictures of the pairs whose key falls into the share, in the order of the shards; unreadable ones are left out."""
+    """Pictures of the pairs whose key falls into the share, in the order of the shards, but for unreadable ones."""
 
     def decode(pair: TextImagePair) -> Pixels | None:
         image = decode_image(pair.image_bytes, short_side=image_size)

@@ -2,9 +2,11 @@
 
 from cogview.models.gpt import GPTConfig
 
+# init_std 0.02 is about 1 / sqrt(2560), for the width of "4b"; a narrow model starts at its own 1 / sqrt(width), or
+# its attention stays close to uniform for hundreds of steps.
 # "4b" is the released model: 58,240 and 1,089 rows of embeddings and 48 layers make 3,928,849,920 parameters.
 SIZES: dict[str, GPTConfig] = {
-    "tiny": GPTConfig(num_layers=4, hidden_size=160, num_heads=5, dropout=0.0),
+    "tiny": GPTConfig(num_layers=3, hidden_size=128, num_heads=4, dropout=0.0, init_std=0.088),
     "small": GPTConfig(num_layers=12, hidden_size=768, num_heads=12),
     "tutorial": GPTConfig(num_layers=12, hidden_size=1024, num_heads=16),
     "3b": GPTConfig(num_layers=36, hidden_size=2560, num_heads=40, max_positions=2600),  # fashion: 50 x 50 codes

@@ -62,7 +62,8 @@ CENTRE: dict[Position, tuple[float, float]] = {
     "top": (32.0, 16.5),
     "bottom": (32.0, 47.5),
 }
-JITTER: dict[Size, float] = {"small": 1.0, "large": 1.5}
+JITTER = (-1.0, 0.0, 1.0)  # whole pixels at 64, so that a tokenizer meets the same edges again and again
+MAX_REDRAWS = 100  # for a scene that the corpus does not have yet; there are about 9,300 of one shape
 HELD_OUT_FRACTION = 0.1
 HELD_OUT_SALT = 280  # chosen so that no kind, colour, size or background is missing from the tenth that is held out
 SUPERSAMPLING = 4
@@ -145,18 +146,22 @@ class Prompt(NamedTuple):
 def corpus(
     seed: int, count: int, *, two_shape_share: float = 0.25, held_out_fraction: float = HELD_OUT_FRACTION
 ) -> Iterator[CaptionedScene]:
-    """Yield `count` captioned scenes without held-out combinations; item `i` depends on (seed, i) alone.
+    """Yield `count` captioned scenes, all different, none with a held-out combination; longer ones begin alike.
 
     Raises ConfigError if a share is not in [0, 1], or if no combination is left to draw.
     """
     _check_share("held_out_fraction", held_out_fraction)
     if held_out_fraction > 0.9:
         raise ConfigError(f"held_out_fraction={held_out_fraction} leaves hardly a scene to train on; use at most 0.9")
+    seen: set[Scene] = set()
     for index in range(count):
         rng = random.Random(f"scene:{seed}:{index}")
-        scene = random_scene(rng, two_shape_share=two_shape_share)
-        while is_held_out(scene, fraction=held_out_fraction):
-            scene = random_scene(rng, two_shape_share=two_shape_share)
+        scene, redraws = random_scene(rng, two_shape_share=two_shape_share), 0
+        while is_held_out(scene, fraction=held_out_fraction) or (scene in seen and redraws < MAX_REDRAWS):
+            # The number of shapes stays, or the share would drift as scenes of one shape run out.
+            scene = random_scene(rng, two_shape_share=float(len(scene.shapes) == 2))
+            redraws += 1
+        seen.add(scene)
         english, chinese = captions(scene, rng=rng)
         yield CaptionedScene(index, scene, english, chinese)
 
@@ -296,8 +301,7 @@ def _two_shapes(rng: UniformSource) -> tuple[Shape, Shape]:
 
 
 def _shape(rng: UniformSource, *, kind: Kind, colour: Colour, size: Size, position: Position) -> Shape:
-    reach = JITTER[size]
-    jitter = (reach * (2 * rng.random() - 1), reach * (2 * rng.random() - 1))
+    jitter = (_choose(rng, JITTER), _choose(rng, JITTER))
     return Shape(kind=kind, colour=colour, size=size, position=position, jitter=jitter)
 
 

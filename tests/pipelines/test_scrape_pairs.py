@@ -125,7 +125,9 @@ def test_pages_and_tables_of_addresses_are_scraped(tmp_path: Path, scraped: Show
         fetch = replace(base, policy=replace(base.policy, resolve=resolve))
         common = replace(SMALL, demo=None, fetch=fetch)
         pages = open_run(tmp_path / "pages")
-        main(replace(common, pages=(f"http://{DEMO_HOST}/gallery/000.html",), max_pages=3), pages)  # the index lies between them
+        main(
+            replace(common, pages=(f"http://{DEMO_HOST}/gallery/000.html",), max_pages=3), pages
+        )  # the index lies between them
         table = tmp_path / "t.tsv"
         rows = [f"caption {n}\thttp://{DEMO_HOST}/images/{n:06d}.png" for n in range(5)]
         table.write_text("\n".join([*rows, "inside\thttp://127.0.0.1/x.png", "bad\thttp://"]))

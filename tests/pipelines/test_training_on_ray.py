@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.pipelines.trained_folders import TrainedFolders, write_trained_folders
 
 from cogview.errors import DivergedError, VocabularyError
 from cogview.models.gpt import GPTConfig
@@ -20,6 +19,7 @@ from cogview.training.optimization import OptimizerConfig
 from pipelines import pretrain
 from pipelines.runtime.display import PlainDisplay
 from pipelines.runtime.jobs import run_job
+from tests.pipelines.trained_folders import TrainedFolders, write_trained_folders
 
 pytestmark = pytest.mark.ray
 NUM_STEPS = 60
@@ -39,9 +39,7 @@ def config(folders: TrainedFolders) -> pretrain.Config:
         image_tokenizer=folders.image_tokenizer,
         model=GPTConfig(num_layers=2, hidden_size=32, num_heads=2, dropout=0.1),
         max_text=40,
-        loop=LoopConfig(
-            num_steps=NUM_STEPS, global_batch_size=8, log_every=1, validate_every=30, checkpoint_every=5
-        ),
+        loop=LoopConfig(num_steps=NUM_STEPS, global_batch_size=8, log_every=1, validate_every=30, checkpoint_every=5),
         num_workers=2,
         num_samples=4,
     )
@@ -80,8 +78,8 @@ def test_tokens_of_another_tokenizer_are_refused_before_ray_starts(
     config: pretrain.Config, run_root: Path, quiet_display: PlainDisplay, tmp_path: Path
 ) -> None:
     others = write_trained_folders(tmp_path, seed=1)
+    mixed = replace(config, image_tokenizer=others.image_tokenizer)
     with pytest.raises(VocabularyError, match="made with image_tokenizer"):
-        mixed = replace(config, image_tokenizer=others.image_tokenizer)
         run_job(pretrain.JOB, mixed, root=run_root, display=quiet_display)
 
 

@@ -60,8 +60,6 @@ def test_only_image_codes_are_drawn_and_seeds_differ(model: GPT) -> None:
 
 def test_a_prompt_without_room_is_refused(model: GPT) -> None:
     with pytest.raises(ConfigError, match="41 positions; the model has 40"):
-        generate_codes(
-            model, [prompt(*range(14))], vocabulary=VOCABULARY, grid=5, sampling=SAMPLING, seeds=[1]
-        )
+        generate_codes(model, [prompt(*range(14))], vocabulary=VOCABULARY, grid=5, sampling=SAMPLING, seeds=[1])
     with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
         generate(model, [prompt(1)], [1, 2])

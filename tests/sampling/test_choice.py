@@ -27,8 +27,9 @@ def test_temperature_flattens_and_zero_takes_the_likeliest() -> None:
 
 
 def test_top_k_and_top_p_cut_the_tail() -> None:
-    assert torch.allclose(frequencies(SamplingConfig(top_k=2)), torch.tensor([0.625, 0.375, 0, 0]), atol=1e-3)
-    assert torch.allclose(frequencies(SamplingConfig(top_k=0, top_p=0.6)), torch.tensor([0.625, 0.375, 0, 0]), atol=1e-3)
+    two_likeliest = torch.tensor([0.625, 0.375, 0, 0])
+    assert torch.allclose(frequencies(SamplingConfig(top_k=2)), two_likeliest, atol=1e-3)
+    assert torch.allclose(frequencies(SamplingConfig(top_k=0, top_p=0.6)), two_likeliest, atol=1e-3)
     assert frequencies(SamplingConfig(top_k=0, top_p=1e-9))[0] == 1.0
 
 

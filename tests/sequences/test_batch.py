@@ -35,7 +35,7 @@ def test_padding_has_no_loss_and_lies_at_the_end() -> None:
 
 def test_the_input_token_decides_between_text_and_image_loss() -> None:
     built = batch([[0, 1, 2], [3]], text_weight=5.0)
-    # ROI1 a b c BASE BOI1 | 1 2 3 4: the step from BOI1 to the first code counts as text, from the last to EOI1 as image
+    # Of ROI1 a b c BASE BOI1 | 1 2 3 4, the step from BOI1 to code 1 counts as text, that from code 4 to EOI1 as image.
     assert built.image_part[0].tolist() == [False] * 6 + [True] * 4
     assert built.loss_weights[0].tolist() == [5.0] * 6 + [1.0] * 4
 

@@ -28,7 +28,7 @@ def test_an_exact_tie_goes_to_the_lowest_code() -> None:
 
 
 def test_a_codebook_of_another_dimension_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dimension 8.*dimension 4"):
+    with pytest.raises(ConfigError, match=r"dimension 8.*dimension 4"):
         nearest_codes(torch.zeros(3, 8), torch.zeros(5, 4))
 
 
