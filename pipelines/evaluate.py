@@ -210,7 +210,7 @@ def held_out_batches(shards: TokenShards, painter: TextToImage, *, config: Confi
             rows.text_ids,
             rows.image_codes,
             layout=TASKS["text_to_image"],
-            config=SequenceConfig(length=painter.length),
+            config=SequenceConfig(length=painter.length, is_image_fixed=painter.is_image_fixed),
             vocabulary=painter.vocabulary,
         )
 

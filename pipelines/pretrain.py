@@ -44,10 +44,13 @@ LAYOUT = TASKS["text_to_image"]
 class Config:
     """tokens: the output of tokenize_pairs; text_tokenizer, image_tokenizer: those that made the tokens.
 
-    model: its vocabulary and positions are set from the tokens; embeddings_from_codebook: the embeddings of image codes
-    start as a random projection of the codebook's vectors, so that codes that look alike start alike; max_text: text
-    tokens of a row, longer captions are cut; num_validation_rows: held-out rows scored during training; num_samples:
-    pictures of the grid drawn with each score.
+    model: its vocabulary and positions are set from the tokens.
+    embeddings_from_codebook: the embeddings of image codes start as a random projection of the codebook's vectors, so
+    that codes that look alike start alike.
+    max_text: text tokens of a row, longer captions are cut.
+    is_image_fixed: image tokens have the same positions after any caption, as in CogLM; with CogView's own rule the
+    model must learn to count the caption's tokens before it knows where in the picture it is.
+    num_validation_rows: held-out rows scored during training; num_samples: pictures of the grid drawn with each score.
     """
 
     tokens: Path | None = input_field(default=None)
@@ -57,6 +60,7 @@ class Config:
     embeddings_from_codebook: bool = False
     max_text: int = 61
     text_loss_weight: float = 1.0
+    is_image_fixed: bool = False
     loop: LoopConfig
     num_workers: int = runtime_field(8)
     num_validation_rows: int = runtime_field(512)
@@ -80,6 +84,7 @@ SMOKE = replace(
     model=replace(SIZES["tiny"], embedding_gradient=1.0),  # the shrink steadies deep models; this one is shallow
     embeddings_from_codebook=True,
     max_text=28,
+    is_image_fixed=True,
     text_loss_weight=0.5,  # with so few steps the pictures are worth more than the captions
     loop=LoopConfig(
         num_steps=1500,
@@ -240,11 +245,16 @@ class PretrainTask:
     def publish(self, output: Path) -> None:
         """Write the weights with what they were trained with."""
         settings = {"fingerprints": self.parts.fingerprints, "grid": self.parts.train.grid, "length": self.length}
+        settings["is_image_fixed"] = self.config.is_image_fixed
         save_model(self.gpt, output, settings={**settings, "num_steps": self.config.loop.num_steps})
 
     def layout_rows(self, rows: TokenRows) -> SequenceBatch:
         """Token rows in CogView's pretraining template."""
-        sequence = SequenceConfig(length=self.length, text_loss_weight=self.config.text_loss_weight)
+        sequence = SequenceConfig(
+            length=self.length,
+            text_loss_weight=self.config.text_loss_weight,
+            is_image_fixed=self.config.is_image_fixed,
+        )
         return build_batch(
             rows.text_ids, rows.image_codes, layout=LAYOUT, config=sequence, vocabulary=self.parts.vocabulary
         )
@@ -267,6 +277,7 @@ class PretrainTask:
             vocabulary=self.parts.vocabulary,
             grid=held_out.grid,
             length=self.length,
+            is_image_fixed=self.config.is_image_fixed,
         )
         codes_Bhw = painter.codes(captions, seeds=list(range(number)), sampling=SamplingConfig())
         pictures = to_pictures(painter.decode(codes_Bhw))

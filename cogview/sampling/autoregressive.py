@@ -26,10 +26,12 @@ def generate_codes(
     grid: int,
     sampling: SamplingConfig,
     seeds: list[int],
+    prompts_positions: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Image codes int64 [B, grid, grid], one image for each prompt, drawn with that prompt's seed.
 
+    prompts_positions: position ids of each prompt's tokens (default: 0, 1, ...); the codes' positions follow the last.
     progress: called with (tokens drawn, tokens to draw). Raises ConfigError when the positions do not suffice.
     """
     if len(seeds) != len(prompts_ids):
@@ -37,10 +39,12 @@ def generate_codes(
     num_tokens = grid * grid
     prompts_BL, allowed_BL = _padded_left(prompts_ids, pad=vocabulary.command("PAD"))
     length = prompts_BL.shape[1]
-    if length + num_tokens - 1 > model.config.max_positions:
+    positions = prompts_positions or [range(len(prompt)) for prompt in prompts_ids]
+    needed = max(places[-1] for places in positions) + num_tokens
+    if needed > model.config.max_positions:
         raise ConfigError(
-            f"a prompt of {length} tokens and {num_tokens} image tokens need {length + num_tokens - 1} positions; the "
-            f"model has {model.config.max_positions}: shorten the text"
+            f"a prompt of {length} tokens and {num_tokens} image tokens need {needed} positions; the model has "
+            f"{model.config.max_positions}: shorten the text"
         )
     parameter = model.word_embeddings.weight
     cache = KeyValueCache(
@@ -48,7 +52,7 @@ def generate_codes(
     )
     cache.allowed_BK[:, :length] = allowed_BL.to(parameter.device)
     draws_BT = uniform_draws(seeds, length=num_tokens, device=parameter.device)
-    ids_BL, positions_BL = prompts_BL.to(parameter.device), _positions(allowed_BL).to(parameter.device)
+    ids_BL, positions_BL = prompts_BL.to(parameter.device), _padded_left(positions, pad=0)[0].to(parameter.device)
     codes: list[Tensor] = []
     for token in range(num_tokens):
         hidden_BE = model(ids_BL, positions_BL, cache=cache)[:, -1]
@@ -62,13 +66,8 @@ def generate_codes(
 
 
 def _padded_left(prompts_ids: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths ending together: ids [B, L] and which of them are real [B, L]."""
+    """Rows of different lengths ending together: their numbers [B, L], and which of them are real [B, L]."""
     length = max(map(len, prompts_ids))
     ids_BL = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts_ids])
     real_BL = torch.tensor([[False] * (length - len(prompt)) + [True] * len(prompt) for prompt in prompts_ids])
     return ids_BL, real_BL
-
-
-def _positions(real_BL: Tensor) -> Tensor:
-    """Positions that start at 0 with each prompt's first real token."""
-    return (real_BL.long().cumsum(dim=1) - 1).clamp_min(0)

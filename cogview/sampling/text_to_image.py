@@ -24,13 +24,15 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqvae import ImageTokenizer
 
 LAYOUT = TASKS["text_to_image"]
+PROMPT_COMMANDS = sum(len(segment.before) for segment in LAYOUT.segments)  # ROI1, BASE and BOI1 are not text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
     """Model, tokenizers and vocabulary that belong together.
 
-    grid: image codes along one side; length: tokens of a full row in training.
+    grid: image codes along one side; length: tokens of a full row in training; is_image_fixed: whether image tokens
+    have the same positions after any text.
     """
 
     model: GPT
@@ -39,6 +41,7 @@ class TextToImage:
     vocabulary: Vocabulary
     grid: int
     length: int
+    is_image_fixed: bool = False
 
     @classmethod
     def load(cls, checkpoint: Path, *, text_tokenizer: Path, image_tokenizer: Path, device: str = "cpu") -> Self:
@@ -62,6 +65,7 @@ class TextToImage:
             vocabulary=vocabulary,
             grid=int(settings["grid"]),
             length=int(settings["length"]),
+            is_image_fixed=bool(settings.get("is_image_fixed", False)),
         )
 
     @property
@@ -83,9 +87,19 @@ class TextToImage:
             LAYOUT.prompt_ids(self.text_tokenizer.encode(caption), vocabulary=self.vocabulary, max_text=budget)
             for caption in captions
         ]
+        positions = [
+            LAYOUT.positions(
+                num_text=len(prompt) - PROMPT_COMMANDS,
+                num_image_tokens=self.grid**2,
+                budget=budget,
+                is_image_fixed=self.is_image_fixed,
+            )[: len(prompt)].tolist()
+            for prompt in prompts
+        ]
         return generate_codes(
             self.model,
             prompts,
+            prompts_positions=positions,
             vocabulary=self.vocabulary,
             grid=self.grid,
             sampling=sampling,

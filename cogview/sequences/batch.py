@@ -37,9 +37,13 @@ class SequenceBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """length: tokens of a full row before the shift (CogView: 1089); weights: of the text's and the image's loss."""
+    """length: tokens of a full row before the shift (CogView: 1089); weights: of the text's and the image's loss.
+
+    is_image_fixed: image tokens have the same positions after any text (see `SequenceLayout.positions`).
+    """
 
     length: int = 1089
+    is_image_fixed: bool = False
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
 
@@ -63,15 +67,29 @@ def build_batch(
         layout.fill(text, [codes], vocabulary=vocabulary, budget=budget)
         for text, codes in zip(text_ids, image_codes, strict=True)
     ]
+    places = [
+        layout.positions(
+            num_text=min(len(text), budget),
+            num_image_tokens=image_codes.shape[1],
+            budget=budget,
+            is_image_fixed=config.is_image_fixed,
+        )
+        for text in text_ids
+    ]
     padded_BL = np.full((len(rows), max(map(len, rows))), vocabulary.command("PAD"), dtype=np.int64)
-    for row, ids in enumerate(rows):
+    positions_BL = np.zeros_like(padded_BL)
+    for row, (ids, place) in enumerate(zip(rows, places, strict=True)):
         padded_BL[row, : len(ids)] = ids
+        positions_BL[row, : len(ids)] = place
     tokens_BL = torch.from_numpy(padded_BL)
     inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
     image_part_BL = inputs_BL < vocabulary.image_ids.stop
     weights_BL = torch.where(image_part_BL, config.image_loss_weight, config.text_loss_weight)
     weights_BL = weights_BL.masked_fill(labels_BL == vocabulary.command("PAD"), 0.0)
-    positions_BL = torch.arange(inputs_BL.shape[1]).expand_as(inputs_BL)
     return SequenceBatch(
-        ids=inputs_BL, positions=positions_BL, labels=labels_BL, loss_weights=weights_BL, image_part=image_part_BL
+        ids=inputs_BL,
+        positions=torch.from_numpy(positions_BL)[:, :-1].contiguous(),
+        labels=labels_BL,
+        loss_weights=weights_BL,
+        image_part=image_part_BL,
     )

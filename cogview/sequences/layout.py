@@ -80,6 +80,20 @@ class SequenceLayout:
                 ids += _text_tokens(text_ids, vocabulary=vocabulary, budget=max_text).tolist()
         return ids
 
+    def positions(self, *, num_text: int, num_image_tokens: int, budget: int, is_image_fixed: bool) -> Ids:
+        """Position ids of a whole row with `num_text` text tokens.
+
+        They run through, as in CogView. Or, as in CogLM, what follows the text stands where it would after a text of
+        `budget` tokens, so that an image token's position tells its place in the picture whatever the caption's length.
+        """
+        parts, start = [], 0
+        for segment in self.segments:
+            content = num_text if segment.kind == "text" else num_image_tokens
+            length = len(segment.before) + content + len(segment.after)
+            parts.append(np.arange(start, start + length))
+            start += length + (budget - num_text if is_image_fixed and segment.kind == "text" else 0)
+        return np.concatenate(parts)
+
     def fill(
         self, text_ids: IdSequence, codes: Sequence[npt.NDArray[np.uint16]], *, vocabulary: Vocabulary, budget: int
     ) -> Ids:

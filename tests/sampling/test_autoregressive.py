@@ -63,3 +63,20 @@ def test_a_prompt_without_room_is_refused(model: GPT) -> None:
         generate_codes(model, [prompt(*range(14))], vocabulary=VOCABULARY, grid=5, sampling=SAMPLING, seeds=[1])
     with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
         generate(model, [prompt(1)], [1, 2])
+
+
+def test_given_positions_are_those_that_the_model_sees(model: GPT) -> None:
+    ids = prompt(1, 2)
+    apart = [0, 1, 2, 9, 10]
+    drawn = generate_codes(
+        model, [ids], vocabulary=VOCABULARY, grid=4, sampling=SAMPLING, seeds=[3], prompts_positions=[apart]
+    ).flatten()
+    draws = uniform_draws([3], length=16, device=torch.device("cpu"))
+    known, places = list(ids), list(apart)
+    with torch.no_grad():
+        for token in range(16):
+            hidden = model(torch.tensor([known]), torch.tensor([places]))[:, -1]
+            logits = model.logits(hidden)[:, : VOCABULARY.image_ids.stop]
+            known.append(int(choose(logits, draws[:, token], config=SAMPLING)))
+            places.append(places[-1] + 1)
+    assert drawn.tolist() == known[-16:]

@@ -41,3 +41,12 @@ def test_text_is_cut_and_image_tokens_never_are(num_text: int, budget: int) -> N
     assert len(ids) == min(num_text, budget) + 1028
     assert ids[-1025:-1].tolist() == list(range(1024))
     assert ids[1 : 1 + min(num_text, budget)].tolist() == [8192 + i for i in range(min(num_text, budget))]
+
+
+def test_positions_run_through_or_give_the_image_a_fixed_place() -> None:
+    running = LAYOUT.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=False)
+    assert running.tolist() == list(range(10))
+    fixed = LAYOUT.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=True)
+    assert fixed.tolist() == [0, 1, 2, 6, 7, 8, 9, 10, 11, 12]  # ROI1 a b | BASE BOI1 c c c c EOI1
+    full = LAYOUT.positions(num_text=5, num_image_tokens=4, budget=5, is_image_fixed=True)
+    assert full[-7:].tolist() == fixed[-7:].tolist()
