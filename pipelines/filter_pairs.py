@@ -3,7 +3,7 @@
 Command: python -m pipelines filter_pairs smoke --pairs RUN/scrape_pairs/...
 Reads:   an output folder of scrape_pairs or import_pairs
 Writes:  shard-00000.tar + .parquet + _stats.json (the input's numbers), rejected/shard-00000.parquet, manifest.json
-Time:    about 15 s for 6,000 pairs of 64 px on two cores
+Time:    about 15 s for 10,000 pairs of 64 px on two cores
 
 Each shard is judged by itself first, then repetitions are looked for among what was kept everywhere (the earliest of
 the same images stays), then the shards are written: the outcome depends on neither order nor number of workers.

@@ -99,7 +99,14 @@ class Config:
 PAPER = Config(candidates=60, device="cuda", batch_size=12)  # 60 candidates for each caption, section 3.3
 PRESETS: dict[str, Config] = {
     "paper": PAPER,
-    "smoke": replace(PAPER, candidates=4, num_scenes=200, device="cpu", batch_size=50),
+    "smoke": replace(
+        PAPER,
+        candidates=4,
+        num_scenes=200,
+        sampling=SamplingConfig(top_k=12),  # of 512 codes, as the release keeps 200 of 8192
+        device="cpu",
+        batch_size=50,
+    ),
 }
 
 

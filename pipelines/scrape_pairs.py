@@ -4,7 +4,7 @@ Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --f
          python -m pipelines scrape_pairs paper --table urls.parquet
 Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
 Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
-Time:    the demo's 6,000 images take about 20 s on two cores; the web is as fast as its politeness allows
+Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fast as its politeness allows
 """
 
 import asyncio
@@ -74,7 +74,7 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        demo=SiteConfig(num_scenes=6000),
+        demo=SiteConfig(num_scenes=10_000),
         shard_size=1000,
         image=ImageSettings(image_size=64),
     ),

@@ -87,12 +87,12 @@ SMOKE = replace(
         codebook=CodebookConfig(num_codes=512, code_dim=32, decay=0.97, start_after=100, revive_below=0.3),
     ),
     loop=LoopConfig(
-        num_steps=1500,
+        num_steps=1200,
         global_batch_size=16,
         optimizer=OptimizerConfig(learning_rate=4e-3, weight_decay=0.0, final_share=0.02, betas=(0.9, 0.95)),
         log_every=25,
-        validate_every=500,
-        checkpoint_every=500,
+        validate_every=400,
+        checkpoint_every=400,
     ),
     num_workers=2,
 )
