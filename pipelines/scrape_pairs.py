@@ -88,10 +88,9 @@ def main(config: Config, run: JobRun) -> None:
     with open_source(config) as fetch:
         if not candidates.exists():
             list_candidates(config, fetch=fetch, run=run)
-        work = partial(
-            scrape_shard, output=run.output, config=config, fetch=share(fetch, workers=count_workers(config))
-        )
-        entries = run_shards(work, plan_shards(candidates), folder=run.output, run=run, workers=config.workers)
+        workers = config.workers or usable_cpus()  # never left to Ray: the limits of a host are divided by it
+        work = partial(scrape_shard, output=run.output, config=config, fetch=replace(fetch, sharers=workers))
+        entries = run_shards(work, plan_shards(candidates), folder=run.output, run=run, workers=workers)
     close_folder(run, entries, extra={"image_size": config.image.image_size, "stage": "scrape_pairs"})
 
 
@@ -167,21 +166,6 @@ def plan_shards(candidates: Path) -> list[ShardTask]:
     digest = file_record(candidates)["sha256"]
     _, shards = count_candidates(candidates)
     return [ShardTask(shard=shard, input_digest=digest_of([digest, shard])) for shard in range(shards)]
-
-
-def count_workers(config: Config) -> int:
-    """How many shards are fetched at a time."""
-    return config.workers or usable_cpus()
-
-
-def share(fetch: FetchSettings, *, workers: int) -> FetchSettings:
-    """One worker's part of what a host may be asked, so that all together keep to the limits."""
-    return replace(
-        fetch,
-        host_rate=fetch.host_rate / workers,
-        host_connections=max(1, fetch.host_connections // workers),
-        connections=max(1, fetch.connections // workers),
-    )
 
 
 def scrape_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:

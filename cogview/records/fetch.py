@@ -41,6 +41,7 @@ from cogview.records.urls import (
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_CRAWL_DELAY_S = 60.0
 _SMOOTHING_S = 0.05  # above 20 requests a second the pace is kept over windows of this length
 
 
@@ -50,6 +51,7 @@ class FetchSettings:
 
     user_agent: starts with the product name that robots.txt may address, and should name a contact;
     host_rate: requests per second to one host; host_connections: at once to one host; connections: at once in all;
+    sharers: fetchers that work at the same time, who have these limits and a site's crawl delay together;
     total_s, read_s: deadlines of one attempt and of one silence, seconds; max_bytes: of the decompressed body;
     max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks.
     """
@@ -58,6 +60,7 @@ class FetchSettings:
     host_rate: float = runtime_field(4.0)
     host_connections: int = runtime_field(4)
     connections: int = runtime_field(64)
+    sharers: int = runtime_field(1)
     total_s: float = 30.0
     read_s: float = 10.0
     max_bytes: int = 16 * 1024 * 1024
@@ -67,7 +70,8 @@ class FetchSettings:
     policy: AddressPolicy = field(default_factory=AddressPolicy)
 
     def __post_init__(self) -> None:
-        for name in ("host_rate", "host_connections", "connections", "total_s", "read_s", "max_bytes", "max_attempts"):
+        limits = ("host_rate", "host_connections", "connections", "sharers", "total_s", "read_s", "max_bytes")
+        for name in (*limits, "max_attempts"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"fetch.{name}={getattr(self, name)} lets nothing through; give a positive number")
         if not product_token(self.user_agent).isascii() or not product_token(self.user_agent):
@@ -142,8 +146,8 @@ class Fetcher:
         self.settings = settings
         self._product = product_token(settings.user_agent)
         self._robots: dict[str, asyncio.Task[RobotRules | Unusable]] = {}
-        self._hosts: dict[str, _HostGate] = {}
-        self._connections = asyncio.Semaphore(settings.connections)
+        self._hosts: dict[str, HostGate] = {}
+        self._connections = asyncio.Semaphore(max(1, settings.connections // settings.sharers))
 
     async def __aenter__(self) -> Self:
         settings = self.settings
@@ -267,26 +271,30 @@ class Fetcher:
             return Unusable("tdm_reserved")
         return None
 
-    def _gate(self, url: str) -> "_HostGate":
+    def _gate(self, url: str) -> "HostGate":
         host, _ = host_and_port(url)
         if host not in self._hosts:
-            self._hosts[host] = _HostGate(self.settings)
+            self._hosts[host] = HostGate(self.settings)
         return self._hosts[host]
 
 
-class _HostGate:
+class HostGate:
     """Lets requests to one host through at its pace."""
 
     def __init__(self, settings: FetchSettings) -> None:
-        self._slots = asyncio.Semaphore(settings.host_connections)
-        self._rate = settings.host_rate
+        self._sharers = settings.sharers
+        self._slots = asyncio.Semaphore(max(1, settings.host_connections // settings.sharers))
+        self._rate = settings.host_rate / settings.sharers
         self._pace = _limiter(self._rate)
 
     def slow_down(self, crawl_delay: float) -> None:
-        """Keep at least this many seconds between two requests."""
-        if crawl_delay > 0 and 1.0 / crawl_delay < self._rate:
-            self._rate = 1.0 / min(crawl_delay, 60.0)
-            self._pace = _limiter(self._rate)
+        """Keep at least this many seconds (a minute at most) between two requests of all sharers together."""
+        if crawl_delay <= 0:
+            return
+        rate = 1.0 / (min(crawl_delay, MAX_CRAWL_DELAY_S) * self._sharers)
+        if rate < self._rate:  # asked again with every URL: a new limiter each time would let each of them go at once
+            self._rate = rate
+            self._pace = _limiter(rate)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:

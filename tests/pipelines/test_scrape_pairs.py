@@ -14,7 +14,7 @@ from cogview.records.tars import read_pairs
 from cogview.scenes.site import DemoSite, SiteConfig, expected_outcomes
 from cogview.shards.manifest import read_manifest
 from pipelines.runtime.jobs import run_job
-from pipelines.scrape_pairs import DEMO_HOST, JOB, PRESETS, Config, main, share
+from pipelines.scrape_pairs import DEMO_HOST, JOB, PRESETS, Config, main
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
 
@@ -171,10 +171,3 @@ def test_a_shard_size_beyond_the_keys_is_refused() -> None:
         Config(shard_size=0)
     with pytest.raises(ConfigError, match="shard_size=100001"):
         Config(shard_size=100_001)
-
-
-def test_workers_together_keep_to_the_limits_of_a_host() -> None:
-    fetch = FetchSettings(host_rate=4.0, host_connections=4, connections=64)
-    part = share(fetch, workers=4)
-    assert (part.host_rate, part.host_connections, part.connections) == (1.0, 1, 16)
-    assert share(fetch, workers=100).host_connections == 1

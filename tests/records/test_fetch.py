@@ -5,12 +5,13 @@ import socket
 import tracemalloc
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cogview.errors import ConfigError
-from cogview.records.fetch import AddressRefusedError, Fetched, Fetcher, FetchSettings, PolicyResolver
+from cogview.records.fetch import AddressRefusedError, Fetched, Fetcher, FetchSettings, HostGate, PolicyResolver
 from cogview.records.pair import Unusable
 from cogview.records.urls import AddressPolicy
 from tests.records.web_site import HOST, Answer, Site, reply, serve
@@ -261,9 +262,11 @@ def test_a_missing_robots_file_allows_and_a_failing_one_defers() -> None:
 
 def test_robots_are_asked_for_once_and_before_everything() -> None:
     async def run() -> list[str]:
-        async with serve({"/robots.txt": robots("User-agent: *\nDisallow: /no")}) as site:
-            async with Fetcher(site.settings()) as fetcher:
-                await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{number}") for number in range(20)))
+        async with (
+            serve({"/robots.txt": robots("User-agent: *\nDisallow: /no")}) as site,
+            Fetcher(site.settings()) as fetcher,
+        ):
+            await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{number}") for number in range(20)))
             return site.requests
 
     requests = asyncio.run(run())
@@ -284,28 +287,96 @@ def test_a_redirect_to_another_site_asks_its_robots() -> None:
 # --- pace
 
 
-def test_a_host_is_asked_at_its_pace() -> None:
-    async def run(**changes: Any) -> list[float]:
-        async with serve({}) as site:
-            async with Fetcher(site.settings(**changes)) as fetcher:
-                await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{number}") for number in range(6)))
-            return site.times
+def departures(settings: FetchSettings, *, count: int, crawl_delay: float = 0.0) -> list[float]:
+    """When a host's gate lets requests go that all come at once. Arrivals would show the network's jitter as well."""
 
-    times = asyncio.run(run(host_rate=10.0, host_connections=10))
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert min(gaps) > 0.05
-    assert times[-1] - times[0] > 0.45  # seven requests, six gaps of 0.1 s, the first may come at once
-
-
-def test_a_crawl_delay_slows_us_down() -> None:
     async def run() -> list[float]:
-        async with serve({"/robots.txt": robots("User-agent: *\nCrawl-delay: 0.3")}) as site:
-            async with Fetcher(site.settings()) as fetcher:
-                await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{number}") for number in range(3)))
-            return site.times
+        gate, times = HostGate(settings), []
+        gate.slow_down(crawl_delay)
 
-    times = asyncio.run(run())
-    assert times[3] - times[1] > 0.5
+        async def ask() -> None:
+            async with gate.turn():
+                times.append(asyncio.get_running_loop().time())
+
+        await asyncio.gather(*(ask() for _ in range(count)))
+        return times
+
+    return asyncio.run(run())
+
+
+def test_a_host_is_asked_at_its_pace() -> None:
+    times = departures(FetchSettings(host_rate=10.0, host_connections=10), count=8)
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) > 0.099
+
+
+def test_a_crawl_delay_slows_us_down_and_never_hurries_us() -> None:
+    slow = departures(FetchSettings(host_rate=1000.0), count=4, crawl_delay=0.2)
+    assert min(later - earlier for earlier, later in itertools.pairwise(slow)) > 0.198
+    already_slower = departures(FetchSettings(host_rate=5.0), count=3, crawl_delay=0.01)
+    assert min(later - earlier for earlier, later in itertools.pairwise(already_slower)) > 0.198
+
+
+def test_a_long_crawl_delay_is_kept_however_often_it_is_read() -> None:
+    async def run() -> int:
+        gate, gone = HostGate(FetchSettings()), 0
+
+        async def ask() -> None:
+            nonlocal gone
+            gate.slow_down(3600.0)
+            async with gate.turn():
+                gone += 1
+
+        waiting = [asyncio.create_task(ask()) for _ in range(4)]
+        await asyncio.sleep(0.5)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return gone
+
+    assert asyncio.run(run()) == 1
+
+
+def test_sharers_have_pace_and_crawl_delay_together() -> None:
+    alone = FetchSettings(host_rate=20.0, host_connections=8)
+    shared = departures(replace(alone, sharers=4), count=4)
+    assert min(later - earlier for earlier, later in itertools.pairwise(shared)) > 0.198  # 4 x 1/20 s
+    delayed = departures(replace(alone, sharers=4), count=3, crawl_delay=0.1)
+    assert min(later - earlier for earlier, later in itertools.pairwise(delayed)) > 0.398  # 4 x 0.1 s
+
+
+def test_no_more_than_the_allowed_requests_are_under_way_at_one_host() -> None:
+    under_way, most = 0, 0
+
+    async def slow_answer(writer: asyncio.StreamWriter) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.02)
+        under_way -= 1
+        writer.write(reply(b"x"))
+
+    async def run() -> None:
+        async with (
+            serve({f"/{n}": slow_answer for n in range(12)}) as site,
+            Fetcher(site.settings(host_connections=3)) as fetcher,
+        ):
+            await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{n}") for n in range(12)))
+
+    asyncio.run(run())
+    assert most == 3
+
+
+def test_the_crawl_delay_of_robots_reaches_the_gate() -> None:
+    async def run() -> float:
+        async with (
+            serve({"/robots.txt": robots("User-agent: *\nCrawl-delay: 0.3")}) as site,
+            Fetcher(site.settings()) as fetcher,
+        ):
+            started = asyncio.get_running_loop().time()
+            await asyncio.gather(*(fetcher.fetch(f"http://{HOST}/{number}") for number in range(3)))
+            return asyncio.get_running_loop().time() - started
+
+    assert asyncio.run(run()) > 0.59  # three pages, two gaps of 0.3 s at least
 
 
 @pytest.mark.parametrize("field", ["host_rate", "connections", "max_bytes", "max_attempts"])
