@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from cogview.config import input_field, runtime_field
-from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.losses import held_out_losses
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
@@ -34,7 +33,7 @@ from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.training.language_model import LanguageModelLoss, weighted
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
 from cogview.training.optimization import OptimizerConfig
-from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
 
 LAYOUT = TASKS["text_to_image"]
@@ -139,10 +138,7 @@ def require_inputs(config: Config) -> Inputs:
         "text_tokenizer": "train_text_tokenizer",
         "image_tokenizer": "train_image_tokenizer",
     }
-    for name, job in producers.items():
-        if getattr(config, name) is None:
-            raise ConfigError(f"{name} is not given; name the output folder of {job} with --{name.replace('_', '-')}")
-    return Inputs(**{name: getattr(config, name) for name in producers})
+    return Inputs(**given_folders(config, producers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from cogview.tokenizers.pixels import pixel_batch, square_pixels
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqvae import ImageTokenizer
-from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
 
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
@@ -122,10 +122,7 @@ def require_inputs(config: Config) -> Inputs:
         "text_tokenizer": "train_text_tokenizer",
         "image_tokenizer": "train_image_tokenizer",
     }
-    for name, job in producers.items():
-        if getattr(config, name) is None:
-            raise ConfigError(f"{name} is not given; name the output folder of {job} with --{name.replace('_', '-')}")
-    return Inputs(**{name: getattr(config, name) for name in producers})
+    return Inputs(**given_folders(config, producers))
 
 
 def token_origin(inputs: Inputs, *, image_size: int) -> TokenOrigin:

@@ -132,6 +132,17 @@ def work(plan: Plan, *, display: StageDisplay) -> Finished:
     return replace(finished, was_done=False)
 
 
+def given_folders(config: Any, producers: Mapping[str, str]) -> dict[str, Path]:
+    """The input folders of a config, all given (`producers`: field -> the job that writes it).
+
+    Raises ConfigError naming one that is not.
+    """
+    for name, job in producers.items():
+        if getattr(config, name) is None:
+            raise ConfigError(f"{name} is not given; name the output folder of {job} with --{name.replace('_', '-')}")
+    return {name: getattr(config, name) for name in producers}
+
+
 def read_finished(job: Job, output: Path) -> Finished | None:
     """The finished output in this folder, or None if it was never finished or its files no longer verify."""
     complete = _read_complete(output)
