@@ -119,13 +119,15 @@ class MovingAverageCodebook(nn.Module):
         Each round draws vectors in proportion to their squared distance from the codes already there, so that a ground
         colour that fills most of every picture does not take most of the codebook.
         """
-        distances_N = torch.ones(len(vectors_ND), device=vectors_ND.device)
         placed = 0
         while placed < self.config.num_codes:
+            if placed:
+                distances_N = self._squared_distances(vectors_ND, self.codebook_KD[:placed])
+            else:
+                distances_N = torch.ones(len(vectors_ND), device=vectors_ND.device)
             upto = min(self.config.num_codes, max(1, 2 * placed))
             self._place(torch.arange(placed, upto, device=vectors_ND.device), vectors_ND, distances_N, salt=upto)
             placed = upto
-            distances_N = self._squared_distances(vectors_ND, self.codebook_KD[:placed])
 
     @torch.no_grad()
     def _update(self, vectors_ND: Tensor, codes_N: Tensor) -> None:
@@ -161,12 +163,12 @@ class MovingAverageCodebook(nn.Module):
         if len(own_rows) < number:  # fewer vectors than codes: some are taken again
             again = torch.arange(number, device=own_rows.device) % len(own_rows)
             own_times, own_rows = own_times[again], own_rows[again]
-        all_times = [torch.empty_like(own_times) for _ in range(world)]
+        times = own_times
         if world > 1:
-            dist.all_gather(all_times, own_times)
-        else:
-            all_times = [own_times]
-        winners = torch.cat(all_times).topk(number, largest=False).indices  # rank * number + place, fastest first
+            gathered = [torch.empty_like(own_times) for _ in range(world)]
+            dist.all_gather(gathered, own_times)
+            times = torch.cat(gathered)
+        winners = times.topk(number, largest=False).indices  # rank * number + place, fastest first
         drawn = torch.zeros(number, vectors_ND.shape[1], device=vectors_ND.device)
         mine = winners // number == rank
         drawn[mine] = vectors_ND[own_rows[winners[mine] % number]]
