@@ -4,6 +4,7 @@ Command: python -m pipelines pretrain smoke --tokens ... --text-tokenizer ... --
 Reads:   the Arrow shards of tokenize_pairs; both tokenizers, for the sample grids and the fingerprints
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png
 Time:    smoke: about 5 minutes on two cores
+Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,8 +33,10 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.training.language_model import LanguageModelLoss, weighted
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
 
 LAYOUT = TASKS["text_to_image"]
@@ -73,6 +76,8 @@ PAPER = Config(
         num_steps=144_000,
         global_batch_size=6144,  # 12 rows on each of 512 GPUs
         optimizer=OptimizerConfig(learning_rate=3e-4),
+        precision="fp16",  # with fp32 master weights, the paper's "almost O2"
+        loss_scale=LossScaleConfig(initial=2.0**32),  # the release starts very high; the first steps find the scale
         checkpoint_every=500,
         validate_every=2000,
     ),
@@ -86,12 +91,14 @@ SMOKE = replace(
     is_image_fixed=True,
     text_loss_weight=0.5,  # with so few steps the pictures are worth more than the captions
     loop=LoopConfig(
-        num_steps=1500,
-        global_batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=6e-3, warmup_share=0.05, final_share=0.02),
+        num_steps=2400,
+        global_batch_size=16,
+        # So strong a decay makes the model compose shapes and colours that it never saw together; without it, it learns
+        # by heart those that it did.
+        optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.8, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=500,
-        checkpoint_every=250,
+        validate_every=800,
+        checkpoint_every=400,
     ),
     num_workers=2,
     num_validation_rows=256,
@@ -120,6 +127,15 @@ def main(config: Config, run: JobRun) -> None:
     tokens = config.loop.num_steps * config.loop.global_batch_size * last["tokens_per_row"]
     run.scores.update(tokens=round(tokens), parameters=weights)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
+
+
+def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+    """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
+    model, length = config.model, config.model.max_positions
+    if config.tokens and config.text_tokenizer and config.image_tokenizer:
+        parts = TaskSettings(config=config, output=Path(), inputs=require_inputs(config)).load()
+        model, length = model_config(config, parts), row_length(config, parts)
+    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 PRESCALED_RANGE = 8.0  # inputs are brought into [-8, 8]: far from overflow, and far from eps
+SQUARABLE = (1e-12, 1e12)  # what fp32 can square with room to spare
 
 
 class LayerNorm(nn.LayerNorm):
@@ -19,8 +20,17 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last dimension of a tensor of any shape [..., hidden_size]."""
-        if self.prescale:
-            lowest, highest = torch.aminmax(input.detach())
-            largest = torch.maximum(highest, -lowest)
-            input = input / (largest / PRESCALED_RANGE).clamp_min(torch.finfo(input.dtype).tiny)
-        return super().forward(input)
+        if not self.prescale:
+            return super().forward(input)
+        lowest, highest = torch.aminmax(input.detach())
+        divisor = (torch.maximum(highest, -lowest) / PRESCALED_RANGE).clamp_min(torch.finfo(input.dtype).tiny)
+        if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.compiler.is_compiling():
+            # Reading the number costs nothing here; on a GPU it would wait for all work before it.
+            return self._divided_inside(input, divisor=float(divisor))
+        return super().forward(input / divisor)
+
+    def _divided_inside(self, input: Tensor, *, divisor: float) -> Tensor:
+        """The same without a pass for the division: (x / c) / sqrt(var(x / c) + eps) = x / sqrt(var(x) + eps c^2)."""
+        if not SQUARABLE[0] < divisor < SQUARABLE[1]:
+            return super().forward(input / divisor)
+        return nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps * divisor**2)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cogview.errors import CheckpointError, ManifestError
 from cogview.shards.manifest import MANIFEST_NAME, atomic_file, file_record, read_json, write_json
@@ -91,6 +92,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not path.is_file() or file_record(path) != record:
             raise CheckpointError(f"{path} does not match its manifest; delete {folder} to go on from an older one")
     return Checkpoint(folder, int(manifest["step"]), manifest["identity"])
+
+
+def random_states(device: str) -> dict[str, Tensor]:
+    """Of this process's generators: the CPU's, and that of the GPU it computes on."""
+    states = {"random_state": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states["device_random_state"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], *, device: str) -> None:
+    """Go on with the random numbers after those drawn before `random_states`."""
+    torch.set_rng_state(states["random_state"])
+    if "device_random_state" in states and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states["device_random_state"], device)
 
 
 def _folders(root: Path) -> list[Path]:

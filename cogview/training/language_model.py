@@ -1,6 +1,6 @@
 """The GPT's training loss: cross-entropy over all real tokens, text and image reported apart (CogView, section 2.3)."""
 
-# B batch, L sequence, V vocabulary, N tokens that count, E hidden
+# B batch, L sequence, N tokens that count, E hidden, V vocabulary
 
 from dataclasses import fields
 
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from cogview.models.gpt import GPT
 from cogview.sequences.batch import SequenceBatch
+from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
 from cogview.training.loop import StepLoss, WeightedBatch
 
 
 class LanguageModelLoss(nn.Module):
-    """A GPT with its loss, for the training loop."""
+    """A GPT with its loss, for the training loop. logits_bytes: see `token_losses`."""
 
-    def __init__(self, gpt: GPT) -> None:
+    def __init__(self, gpt: GPT, *, logits_bytes: int = LOGITS_BYTES) -> None:
         super().__init__()
-        self.gpt = gpt
+        self.gpt, self.logits_bytes = gpt, logits_bytes
 
     def forward(
         self, ids: Tensor, positions: Tensor, labels: Tensor, loss_weights: Tensor, image_part: Tensor
@@ -25,8 +26,8 @@ class LanguageModelLoss(nn.Module):
         """The weighted sum of the tokens' losses in fp32 (arguments: see SequenceBatch). Padding is never projected."""
         counted_BL = loss_weights > 0
         hidden_NE = self.gpt(ids, positions)[counted_BL]
-        logits_NV = self.gpt.logits(hidden_NE).float()
-        losses_N = nn.functional.cross_entropy(logits_NV, labels[counted_BL], reduction="none")
+        output_VE = self.gpt.word_embeddings.weight
+        losses_N = token_losses(hidden_NE, output_VE, labels[counted_BL], logits_bytes=self.logits_bytes)
         weights_N, image_N = loss_weights[counted_BL], image_part[counted_BL]
         loss_sum = (losses_N * weights_N).sum()
         plain_N, text_N = losses_N.detach(), ~image_N

@@ -2,16 +2,18 @@
 
 The loop knows nothing of what is trained. A `Task` gives it a module whose forward returns a loss sum and what to
 report, and batches addressed by step: batch = f(step, rank, number of ranks). So a resumed run needs the weights, the
-optimizer, the random state of each rank and one integer. Losses are sums divided by the weight of the *global* batch,
+optimizer, the random state of each rank and a few numbers. Losses are sums divided by the weight of the *global* batch,
 so that the number of workers does not change what is minimised.
+
+A step whose loss or gradient is not finite on any worker is skipped by all of them. It uses up its batch and counts
+towards `num_steps`, so that the data position stays the step's number, but neither the optimizer nor the learning rate
+advances: a run with k skipped steps ends k steps before the end of its schedule.
 """
 
-import json
 import logging
-import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +26,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cogview.errors import CheckpointError, ConfigError, DivergedError
-from cogview.training.checkpoints import STATE_NAME, Checkpoint, latest_checkpoint, publish, write_part
-from cogview.training.optimization import OptimizerConfig, build_optimizer, clip_gradients, learning_rate_at
+from cogview.training.averaging import AveragedWeights
+from cogview.training.checkpoints import (
+    STATE_NAME,
+    Checkpoint,
+    latest_checkpoint,
+    publish,
+    random_states,
+    set_random_states,
+    write_part,
+)
+from cogview.training.loss_scale import LossScale, LossScaleConfig
+from cogview.training.metrics_file import MetricsFile
+from cogview.training.optimization import OptimizerConfig, learning_rate_at
+from cogview.training.precision import MasterWeights, Precision, check_precision, reduce_in_fp32
 
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
@@ -36,13 +50,19 @@ CHECKPOINTS_NAME = "checkpoints"
 class LoopConfig:
     """num_steps optimizer steps of global_batch_size rows each; the other fields say how often what happens.
 
-    max_bad_steps: non-finite losses in a row before DivergedError; keep_checkpoints: how many of the newest stay.
+    precision: of parameters, activations and gradients; the optimizer's weights are fp32 always. loss_scale: of fp16.
+    ema_decay: above 0, the average of the weights with this decay is what is validated and published.
+    max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
+    keep_checkpoints: how many of the newest stay.
     """
 
     num_steps: int
     global_batch_size: int
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
+    precision: Precision = "fp32"
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    ema_decay: float = 0.0
     log_every: int = field(default=20, metadata={"role": "runtime"})
     validate_every: int = field(default=500, metadata={"role": "runtime"})
     checkpoint_every: int = field(default=500, metadata={"role": "runtime"})
@@ -53,6 +73,9 @@ class LoopConfig:
         for name in ("num_steps", "global_batch_size", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
+        check_precision(self.precision)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}: choose 0 for none, or a number below 1 such as 0.999")
 
 
 @dataclass(frozen=True)
@@ -110,8 +133,7 @@ def train(task: Task, *, config: LoopConfig, output: Path, identity: Mapping[str
             loop.validate(done)
         if done % config.checkpoint_every == 0 or done == config.num_steps:
             loop.save(done)
-    if ranks.rank == 0:
-        task.publish(output)
+    loop.publish()
 
 
 class _Loop:
@@ -129,34 +151,39 @@ class _Loop:
         self.identity = dict(identity)
         torch.manual_seed(config.seed * 1000 + ranks.rank)
         task.module.to(ranks.device)
-        self.optimizer = build_optimizer(task.module, config.optimizer)
-        self.model = DistributedDataParallel(task.module, broadcast_buffers=False) if ranks.world > 1 else task.module
+        self.weights = MasterWeights(task.module, config=config.optimizer, precision=config.precision)
+        self.loss_scale = LossScale(config.loss_scale) if config.precision == "fp16" else None
+        is_averaging = config.ema_decay > 0 and ranks.rank == 0  # the one that validates and publishes
+        self.average = AveragedWeights(self.weights.named(), decay=config.ema_decay) if is_averaging else None
+        self.model = self._shared_model()
         self.first_step, self.bad_steps, self.skipped = 0, 0, 0
         checkpoint = latest_checkpoint(output / CHECKPOINTS_NAME, identity=self.identity)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.metrics = _MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
+        self.metrics = MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
         self.sums: dict[str, Tensor] = {}
         self.tokens_started, self.started = self.first_step, time.monotonic()
 
     def step(self, step: int) -> None:
-        """One optimizer step; a non-finite loss or gradient on any worker skips it on all."""
-        rate = learning_rate_at(step, num_steps=self.config.num_steps, config=self.config.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        """One step; a loss or gradient that is not finite on any worker makes all of them skip it."""
+        rate = learning_rate_at(step - self.skipped, num_steps=self.config.num_steps, config=self.config.optimizer)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
         batch = self.task.batch(step, self.ranks)
-        self.task.module.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        result: StepLoss = self.model(**{name: tensor.to(self.ranks.device) for name, tensor in batch.tensors.items()})
         weight = self._sum_over_ranks(torch.tensor(batch.weight, dtype=torch.float64)).item()
+        self.task.module.train()
+        self.weights.zero_gradients()
+        result: StepLoss = self.model(**{name: tensor.to(self.ranks.device) for name, tensor in batch.tensors.items()})
         # DDP averages gradients over workers, the loss is a sum over all of them: hence the factor `world`.
-        (result.loss_sum * (self.ranks.world / weight)).backward()  # type: ignore[no-untyped-call]
-        norm = clip_gradients(self.task.module, norm=self.config.optimizer.clip_norm)
-        if math.isfinite(norm.item()):
-            self.optimizer.step()
-            self.bad_steps = 0
+        (result.loss_sum * (self.ranks.world / weight * scale)).backward()  # type: ignore[no-untyped-call]
+        self.weights.take_gradients(loss_scale=scale)
+        norm = self.weights.clip_gradients(self.config.optimizer.clip_norm)
+        # Counted over the workers, so that all of them decide alike.
+        not_finite = ~torch.isfinite(torch.stack([result.loss_sum.detach().float(), norm]))
+        bad_losses, bad_norms = self._sum_over_ranks(not_finite.double()).tolist()
+        if bad_losses or bad_norms:
+            self._skip(step, is_overflow=not bad_losses)
         else:
-            self._skip(step)
+            self._advance(rate)
         self._collect(result.reports)
         if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.num_steps:
             self._log(step + 1, rate=rate, norm=norm.item())
@@ -165,21 +192,25 @@ class _Loop:
         """Let rank 0 score the held-out rows while the others wait."""
         if self.metrics is not None:
             self.task.module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._averaged():
                 self.metrics.write({"step": done, **self.task.validate(done)})
         self._barrier()
+
+    def publish(self) -> None:
+        """Let rank 0 publish the weights in fp32."""
+        if self.ranks.rank == 0:
+            self.weights.restore_fp32()
+            with self._averaged():
+                self.task.publish(self.output)
 
     def save(self, done: int) -> None:
         """Write a checkpoint: every rank its random state, rank 0 the rest and, when all are there, the manifest."""
         root = self.output / CHECKPOINTS_NAME
-        write_part(root, done, f"rank_{self.ranks.rank:04d}.pt", {"random_state": torch.get_rng_state()})
+        write_part(root, done, f"rank_{self.ranks.rank:04d}.pt", random_states(self.ranks.device))
         if self.ranks.rank == 0:
-            state = {
-                "model": self.task.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": done,
-                "skipped": self.skipped,
-            }
+            state = {**self.weights.state_dict(), "step": done, "skipped": self.skipped, "bad_steps": self.bad_steps}
+            for name, part in self._optional_parts().items():
+                state[name] = part.state_dict()
             write_part(root, done, STATE_NAME, state)
         self._barrier()
         if self.ranks.rank == 0:
@@ -189,20 +220,58 @@ class _Loop:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.load(STATE_NAME)
         try:
-            self.task.module.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.weights.load_state_dict(state)
+            for name, part in self._optional_parts().items():
+                part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit the model of this config: {error}") from error
         own_part = f"rank_{self.ranks.rank:04d}.pt"
         if (checkpoint.folder / own_part).exists():  # with more workers than before, the new ones start from the seed
-            torch.set_rng_state(checkpoint.load(own_part)["random_state"])
+            set_random_states(checkpoint.load(own_part), device=self.ranks.device)
         self.first_step, self.skipped = checkpoint.step, int(state["skipped"])
+        self.bad_steps = int(state["bad_steps"])
         logger.info("rank %d goes on from %s", self.ranks.rank, checkpoint.folder)
 
-    def _skip(self, step: int) -> None:
-        self.bad_steps += 1
+    def _shared_model(self) -> nn.Module:
+        """The module as all workers train it: their gradients are averaged, in fp32."""
+        if self.ranks.world == 1:
+            return self.task.module
+        model = DistributedDataParallel(self.task.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.config.precision != "fp32":
+            model.register_comm_hook(None, reduce_in_fp32)
+        return model
+
+    def _optional_parts(self) -> dict[str, LossScale | AveragedWeights]:
+        """What a checkpoint has beside weights and optimizer, where this config asks for it."""
+        parts = {"loss_scale": self.loss_scale, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the module compute with the averaged weights, if there are any."""
+        if self.average is None:
+            yield
+        else:
+            with self.average.in_place_of(self.task.module):
+                yield
+
+    def _advance(self, rate: float) -> None:
+        self.bad_steps = 0
+        self.weights.step(learning_rate=rate)
+        if self.loss_scale is not None:
+            self.loss_scale.succeeded()
+        if self.average is not None:
+            self.average.update(self.weights.named())
+
+    def _skip(self, step: int, *, is_overflow: bool) -> None:
+        """Count a step without an update; while the loss scale can fall, a gradient beyond fp16 only makes it fall."""
         self.skipped += 1
-        logger.warning("step %d: the gradient is not finite; the step is skipped", step)
+        if is_overflow and self.loss_scale is not None and self.loss_scale.can_fall:
+            self.loss_scale.overflowed()
+            logger.info("step %d: a gradient beyond fp16; skipped, loss scale %g", step, self.loss_scale.value)
+            return
+        self.bad_steps += 1
+        logger.warning("step %d: the loss or its gradient is not finite; the step is skipped", step)
         if self.bad_steps >= self.config.max_bad_steps:
             raise DivergedError(
                 f"the loss was not finite for {self.bad_steps} steps up to step {step}; lower the learning rate "
@@ -225,42 +294,17 @@ class _Loop:
         seconds = time.monotonic() - self.started
         per_second = (done - self.tokens_started) * self.config.global_batch_size / max(seconds, 1e-9)
         line = {"step": done, **averages, "learning_rate": rate, "gradient_norm": norm, "skipped_steps": self.skipped}
+        if self.loss_scale is not None:
+            line["loss_scale"] = self.loss_scale.value
         self.metrics.write({**line, "rows_per_second": round(per_second, 2)})
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum on every worker; a lone worker's own values."""
         if self.ranks.world > 1:
+            values = values.to(self.ranks.device)
             dist.all_reduce(values)
         return values
 
     def _barrier(self) -> None:
         if self.ranks.world > 1:
             dist.barrier()
-
-
-class _MetricsFile:
-    """`metrics.jsonl`: after a resume, lines behind the checkpoint are dropped, for they will be written again."""
-
-    def __init__(self, path: Path, *, first_step: int) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if line["step"] <= first_step] if first_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(dict(line)) + "\n")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text().splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            logger.warning("%s: a cut line is left out", path)
-    return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, Self, TextIO
 
+from cogview.errors import ConfigError
 from pipelines.runtime import status
 from pipelines.runtime.cluster import shutdown_ray
 from pipelines.runtime.failures import find_cause, first_line
@@ -83,6 +84,11 @@ def _dispatch(words: list[str], out: TextIO) -> None:
     order = read_order(words)
     module = importlib.import_module(f"pipelines.{order.job}")
     config = read_config(order, module)
+    if order.is_plan:
+        if not hasattr(module, "plan"):
+            raise ConfigError(f"--plan: {order.job} has no plan; `python -m pipelines pretrain --plan` shows one")
+        out.writelines(f"{line}\n" for line in module.plan(config, gpu_memory=order.gpu_memory))
+        return
     if hasattr(module, "JOB"):
         lines = _run_single(order, module, config)
     else:  # a chain of jobs

@@ -21,13 +21,18 @@ SHARED_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a command line asks for, before the job's own flags are read. `root` is absolute."""
+    """What a command line asks for, before the job's own flags are read.
+
+    root: absolute; is_plan: only tell what the run would take; gpu_memory: GiB of each GPU that it has to fit.
+    """
 
     job: str
     preset: str
     root: Path
     flags: tuple[str, ...]
     is_verbose: bool
+    is_plan: bool = False
+    gpu_memory: float | None = None
 
     @property
     def wants_help(self) -> bool:
@@ -44,7 +49,7 @@ def read_order(words: Sequence[str]) -> Order:
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_PRESET
     if items[job].presets:
         check_known("preset", preset, items[job].presets, remedy=f"{job} has {', '.join(items[job].presets)}.")
-    root, flags, is_verbose = str(RUNS / preset), [], False
+    root, flags, is_verbose, is_plan, gpu_memory = str(RUNS / preset), [], False, False, None
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -52,11 +57,26 @@ def read_order(words: Sequence[str]) -> Order:
             if not equals and (not rest or rest[0].startswith("-")):
                 raise ConfigError("--root: give a folder, such as --root runs/mine")
             root = value if equals else rest.pop(0)
+        elif name == "--gpu-memory":
+            gpu_memory = _gibibytes(value if equals else "".join(rest[:1]))
+            del rest[: 0 if equals else 1]
         elif word == "--verbose":
             is_verbose = True
+        elif word == "--plan":
+            is_plan = True
         else:
             flags.append(word)
-    return Order(job=job, preset=preset, root=Path(os.path.abspath(root)), flags=tuple(flags), is_verbose=is_verbose)
+    if gpu_memory is not None and not is_plan:
+        raise ConfigError("--gpu-memory is what a plan has to fit; give --plan as well")
+    return Order(
+        job=job,
+        preset=preset,
+        root=Path(os.path.abspath(root)),
+        flags=tuple(flags),
+        is_verbose=is_verbose,
+        is_plan=is_plan,
+        gpu_memory=gpu_memory,
+    )
 
 
 def read_config(order: Order, module: ModuleType) -> Any:
@@ -94,6 +114,13 @@ def check_flags(flags: Sequence[str], default: Any) -> None:
         near = last_parts.get(name) or nearest(name, known)
         hint = f": did you mean --{near}?" if near else "."
         raise ConfigError(f"unknown flag --{name}{hint} --help lists the flags and their defaults.")
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--gpu-memory {text}: give the GiB of one GPU, such as --gpu-memory 32") from error
 
 
 def _paragraphs(docstring: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Adam's groups and the schedule."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,14 @@ def test_the_rate_rises_for_two_percent_and_falls_to_a_tenth() -> None:
     assert rates[510] == pytest.approx(3e-4 * 0.55, rel=1e-2)
 
 
+def test_the_released_schedule_stops_short_of_the_end_by_the_warm_up() -> None:
+    paper, released = OptimizerConfig(warmup_share=0.1), OptimizerConfig(warmup_share=0.1, schedule="released")
+    assert learning_rate_at(99, num_steps=1000, config=released) == learning_rate_at(99, num_steps=1000, config=paper)
+    assert learning_rate_at(1000, num_steps=1000, config=paper) == pytest.approx(3e-5)
+    short = 0.5 * (1 + math.cos(0.9 * math.pi))
+    assert learning_rate_at(1000, num_steps=1000, config=released) == pytest.approx(3e-4 * (0.1 + 0.9 * short))
+
+
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told() -> None:
     layer = nn.Linear(3, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
@@ -40,3 +50,5 @@ def test_impossible_settings_name_the_field() -> None:
         OptimizerConfig(learning_rate=0)
     with pytest.raises(ConfigError, match="warmup_share=1"):
         OptimizerConfig(warmup_share=1)
+    with pytest.raises(ConfigError, match="schedule='cosine'"):
+        OptimizerConfig(schedule="cosine")

@@ -1,0 +1,74 @@
+"""`--plan`: what a training run will take, as text, before anything is started.
+
+In: the model, the loop, the number of workers. Out: memory by part for every size, tokens and steps for the one that
+was chosen; and a ConfigError if that one does not fit the GPUs there are.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from cogview.errors import ConfigError
+from cogview.models.gpt import GPTConfig
+from cogview.models.sizes import SIZES
+from cogview.training.loop import LoopConfig
+from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
+
+SHARDS = (8, 64, 512)
+COLUMNS = ("weights", "states", "gradients", "activations", "or kept", "logits", "peak", "or kept")
+GIB = 2**30
+NOTES = (
+    "states: Adam's moments and, in half precision, fp32 weights; the parts are not all there at the peak",
+    "activations and peak: with every layer's activations made again; `or kept`: with all of them kept",
+    "over 8, 64, 512: the peak if states were spread over so many workers (ZeRO); this project does not do so yet",
+)
+
+
+def plan_lines(
+    model: GPTConfig, *, loop: LoopConfig, length: int, num_workers: int, gpu_memory: float | None
+) -> Iterator[str]:
+    """The plan. length: tokens of a row after the shift; gpu_memory: GiB of each GPU, None if nobody asks.
+
+    Raises ConfigError, once everything is told, if the model does not fit.
+    """
+    step = StepShape(
+        rows=math.ceil(loop.global_batch_size / num_workers),
+        length=length,
+        precision=loop.precision,
+        num_workers=num_workers,
+        is_averaging=loop.ema_decay > 0,
+    )
+    yield from _memory_table({**SIZES, "this run": model}, step)
+    yield from NOTES
+    tokens = loop.global_batch_size * length
+    yield f"steps: {loop.num_steps:,} of {loop.global_batch_size:,} rows x {length:,} tokens = {tokens:,}"
+    yield f"tokens: {loop.num_steps * tokens:,}, padding among them"
+    plan = plan_memory(model, step)
+    reserve = f"about {RESERVE / GIB:.1f} GiB for CUDA itself"
+    yield f"memory: {plan.peak / GIB:.1f} GiB on each of {num_workers} workers, and {reserve}"
+    if gpu_memory is not None and not plan.fits(round(gpu_memory * GIB)):
+        raise ConfigError(
+            f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose a smaller "
+            "model, more workers, --loop.precision bf16 or --model.activation-checkpointing"
+        )
+
+
+def _memory_table(models: Mapping[str, GPTConfig], step: StepShape) -> Iterator[str]:
+    yield f"GiB on one worker: {step.rows:,} rows a step, {step.precision}"
+    heads = "".join(f"{name:>12}" for name in COLUMNS)
+    yield f"{'size':<10}{'parameters':>15}{heads}" + "".join(f"{f'over {shards}':>10}" for shards in SHARDS)
+    for name, model in models.items():
+        length = step.length if name == "this run" else model.max_positions - 1
+        yield f"{name:<10}" + _memory_row(model, replace(step, length=length))
+
+
+def _memory_row(model: GPTConfig, step: StepShape) -> str:
+    kept, remade = (
+        plan_memory(replace(model, activation_checkpointing=is_remade), step) for is_remade in (False, True)
+    )
+    gradients = remade.gradients + remade.master_gradients
+    parts = (remade.weights, remade.states, gradients, remade.activations, kept.activations)
+    sizes = [part / GIB for part in (*parts, remade.logits, remade.peak, kept.peak)]
+    remaking = replace(model, activation_checkpointing=True)
+    sharded = [plan_memory(remaking, replace(step, state_shards=shards)).peak / GIB for shards in SHARDS]
+    return f"{kept.parameters:>15,}" + "".join(f"{x:>12.2f}" for x in sizes) + "".join(f"{x:>10.2f}" for x in sharded)

@@ -1,0 +1,65 @@
+"""The memory plan: arithmetic at the paper's size, what each switch saves, activations against those autograd keeps."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.memory_plan import kept_bytes
+from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.models.sizes import SIZES
+from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
+
+STEP = StepShape(rows=12, length=1088, precision="fp16")
+SMALL = GPTConfig(vocab_size=100, max_positions=64, num_layers=3, hidden_size=64, num_heads=4, dropout=0.0)
+
+
+def test_the_4b_model_has_16_bytes_of_state_a_parameter() -> None:
+    plan = plan_memory(SIZES["4b"], STEP)
+    states = plan.weights + plan.states + plan.gradients
+    assert plan.parameters == 3_928_849_920
+    assert states == 16 * plan.parameters == pytest.approx(62.9e9, rel=1e-3)
+    assert plan.peak > states
+    assert not plan.fits(32 * 2**30)
+
+
+def test_each_switch_saves_what_it_is_for() -> None:
+    config = SIZES["4b"]
+    plain = plan_memory(config, STEP)
+    unit = 2 * 12 * 1088 * 2560
+    remade = plan_memory(replace(config, activation_checkpointing=True), STEP)
+    assert plain.activations > 19 * 48 * unit
+    assert 48 * unit < remade.activations < 51 * unit
+    written = plan_memory(replace(config, attention="pb_relax", dropout=0.0), STEP)
+    assert written.activations - plain.activations > 48 * 2 * 12 * 40 * 1088**2 - 5 * 48 * unit
+    whole = plan_memory(config, replace(STEP, logits_bytes=2**40))
+    assert whole.logits == 12 * 12 * 1088 * 58_240
+    assert plain.logits < whole.logits / 4
+
+
+def test_sharded_states_and_an_average_count_for_what_they_are() -> None:
+    number = count_parameters(SMALL)
+    alone = plan_memory(SMALL, replace(STEP, precision="fp32"))
+    assert alone.states == 8 * number
+    assert plan_memory(SMALL, STEP).states == 12 * number
+    assert plan_memory(SMALL, replace(STEP, state_shards=4)).states == 3 * number
+    assert plan_memory(SMALL, replace(STEP, is_averaging=True)).states == 16 * number
+    assert plan_memory(SMALL, replace(STEP, num_workers=2)).steady == 16 * number, "with gradients in buckets"
+
+
+def test_a_gpu_must_hold_the_peak_and_what_cuda_takes() -> None:
+    plan = plan_memory(SMALL, STEP)
+    assert plan.fits(plan.peak + RESERVE)
+    assert not plan.fits(plan.peak + RESERVE - 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sandwich_ln": False}, {"dropout": 0.1, "attention": "pb_relax"}, {"attention": "plain"}],
+    ids=["fused", "without Sandwich-LN", "written out with dropout", "plain"],
+)
+@pytest.mark.parametrize("is_remade", [False, True], ids=["kept", "remade"])
+def test_activations_are_those_that_autograd_keeps(changes: dict[str, object], is_remade: bool) -> None:
+    config = replace(SMALL, activation_checkpointing=is_remade, **changes)
+    step = StepShape(rows=3, length=48, is_cuda=False)
+    kept = kept_bytes(GPT(config).train(), rows=3, length=48)
+    assert plan_memory(config, step).activations == pytest.approx(kept, rel=0.02)
