@@ -18,7 +18,7 @@ LOCK       := .venv-lock
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
 # Byte code is written when a module is first imported: compiling all of it beforehand takes half a minute longer.
 INSTALL     := -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS   = $(filter-out __init__ harness processes,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS   = $(filter-out __init__ harness processes rivals,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 # The value of a variable as one word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -32,10 +32,10 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Set up .venv (PYTHON=python3.12, TORCH=cpu or cuda); the other commands do this by themselves
 
@@ -45,6 +45,23 @@ pretrain: $(READY) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTI
 
 generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" [ARGS="..."]
 	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) --prompt $(call quoted,PROMPT) $(ARGS)
+
+import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
+	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \
+	    $(if $(value IMAGE),--image-tokenizer $(call quoted,IMAGE)) \
+	    $(if $(value TEXT),--text-tokenizer $(call quoted,TEXT)) $(ARGS)
+
+compare-image-tokenizers: $(READY) ## Four ways to learn a codebook side by side, on DATA=/folder or the last run's pairs [PRESET=smoke]
+	@$(if $(value DATA),$(BIN)/python -m pipelines road $(call quoted,PRESET) --root runs/tokenizers \
+	    --until filter_pairs --data $(call quoted,DATA) $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) &&) \
+	    $(BIN)/python -m pipelines compare_image_tokenizers $(call quoted,PRESET) \
+	    $(if $(value DATA),--root runs/tokenizers) $(ARGS)
+
+stress-stability: $(READY) ## Train a deep narrow GPT to its limits, with and without Sandwich-LN and PB-relax [PRESET=smoke]
+	@$(BIN)/python -m pipelines stress_stability $(call quoted,PRESET) $(ARGS)
+
+analyse-attention: $(READY) ## Look at the attention heads of the model trained last [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines analyse_attention $(call quoted,PRESET) $(ARGS)
 
 dashboard: $(READY) ## Open MLflow's pages on 127.0.0.1
 	@$(BIN)/python -m pipelines dashboard $(ARGS)

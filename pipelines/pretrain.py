@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from cogview.config import input_field, runtime_field
+from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.losses import held_out_losses
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.models.pivots import pivot_keys
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, save_model
 from cogview.models.sizes import SIZES
 from cogview.sampling.choice import SamplingConfig
@@ -28,9 +30,10 @@ from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
 from cogview.sequences.layout import TASKS
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows, TokenShards
+from cogview.tokenizers.dvae import DVAETokenizer
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.training.language_model import LanguageModelLoss, weighted
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
 from cogview.training.loss_scale import LossScaleConfig
@@ -52,6 +55,7 @@ class Config:
     max_text: text tokens of a row, longer captions are cut.
     is_image_fixed: image tokens have the same positions after any caption, as in CogLM; with CogView's own rule the
     model must learn to count the caption's tokens before it knows where in the picture it is.
+    is_compiled: run the layers through torch.compile (needs a C++ compiler; the first step takes a minute more).
     num_validation_rows: held-out rows scored during training; num_samples: pictures of the grid drawn with each score.
     """
 
@@ -65,6 +69,7 @@ class Config:
     is_image_fixed: bool = False
     loop: LoopConfig
     num_workers: int = runtime_field(8)
+    is_compiled: bool = runtime_field(False)
     num_validation_rows: int = runtime_field(512)
     num_samples: int = runtime_field(16)
 
@@ -164,7 +169,7 @@ class Parts:
     train: TokenShards
     validation: TokenShards
     text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
+    image_tokenizer: AnyImageTokenizer
     vocabulary: Vocabulary
 
     @property
@@ -187,7 +192,8 @@ class TaskSettings:
 
     def load(self) -> Parts:
         """Open everything. VocabularyError if the tokens were made with other tokenizers."""
-        text, image = TextTokenizer.load(self.inputs.text_tokenizer), ImageTokenizer.load(self.inputs.image_tokenizer)
+        text = TextTokenizer.load(self.inputs.text_tokenizer)
+        image = load_image_tokenizer(self.inputs.image_tokenizer)
         parts = Parts(
             train=TokenShards.open(self.inputs.tokens, split="train"),
             validation=TokenShards.open(self.inputs.tokens, split="validation"),
@@ -201,7 +207,11 @@ class TaskSettings:
 
 def model_config(config: Config, parts: Parts) -> GPTConfig:
     """The model's config with the vocabulary and positions that the tokens need."""
-    return replace(config.model, vocab_size=parts.vocabulary.size, max_positions=row_length(config, parts))
+    vocabulary = parts.vocabulary
+    regions = replace(
+        config.model.sparse, num_image_ids=len(vocabulary.image_ids), padding_id=vocabulary.command("PAD")
+    )
+    return replace(config.model, vocab_size=vocabulary.size, max_positions=row_length(config, parts), sparse=regions)
 
 
 def row_length(config: Config, parts: Parts) -> int:
@@ -220,6 +230,8 @@ def start_from_codebook(gpt: GPT, parts: Parts) -> None:
 
     The codebook's geometry is kept (Johnson and Lindenstrauss), so what is learned of one code is learned of its like.
     """
+    if isinstance(parts.image_tokenizer, DVAETokenizer):
+        raise ConfigError("embeddings_from_codebook: DALL-E's tokenizer has no codebook; leave this off")
     vectors_KD = parts.image_tokenizer.codebook.codebook_KD
     centred_KD = vectors_KD - vectors_KD.mean(dim=0)
     projected_KE = centred_KD @ torch.randn(vectors_KD.shape[1], gpt.config.hidden_size)
@@ -237,14 +249,20 @@ class PretrainTask:
         self.gpt = GPT(model_config(self.config, self.parts))
         if self.config.embeddings_from_codebook:
             start_from_codebook(self.gpt, self.parts)
+        if self.config.is_compiled:
+            self.gpt.compile_layers()
         self.module: nn.Module = LanguageModelLoss(self.gpt)
         self.order = SampleOrder(len(self.parts.train), loop.global_batch_size, loop.seed)
         self.length = row_length(self.config, self.parts)
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """This worker's rows of a step."""
-        rows = self.parts.train.rows(ranks.share(self.order.indices(step)), with_texts=False)
-        return weighted(self.layout_rows(rows))
+        indices = ranks.share(self.order.indices(step))
+        batch = weighted(self.layout_rows(self.parts.train.rows(indices, with_texts=False)))
+        if self.gpt.config.attention != "sparse":
+            return batch
+        keys_B = pivot_keys(torch.from_numpy(indices), seed=self.config.loop.seed, step=step)
+        return WeightedBatch({**batch.tensors, "pivot_keys": keys_B}, batch.weight)
 
     def validate(self, step: int) -> Mapping[str, Any]:
         """Text and image loss on held-out rows, and a grid of pictures drawn for held-out captions."""

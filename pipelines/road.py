@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cogview.config import input_field
+from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.records.sources import detect_source
 from cogview.records.tables import inspect_table
@@ -43,12 +43,14 @@ class Config:
     """Whose pairs, and the config of every job on the way.
 
     data: your own pairs instead of the demo site; caption_columns: its columns or JSON fields with captions, and
-    image_column: a table's column of paths or URLs, both found by their usual names if not given.
+    image_column: a table's column of paths or URLs, both found by their usual names if not given. until: the last job
+    to run, for those who want its output only.
     """
 
     data: Path | None = input_field(default=None)
     caption_columns: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--captions", "--caption-fields"))] = ()
     image_column: str = ""
+    until: str = runtime_field("")
     scrape_pairs: scraping.Config
     import_pairs: importing.Config
     filter_pairs: filtering.Config
@@ -94,7 +96,7 @@ def main(config: Config, *, order: Order, command: str) -> list[str]:
             display=display,
             facts={"preset": order.preset, "command": command, "data": _source(config)},
         )
-        if _chain_bytes(root) != before or not (root / REPORT_NAME).is_file():
+        if "generate" in finished and (_chain_bytes(root) != before or not (root / REPORT_NAME).is_file()):
             publish(root, grid=finished["generate"].output / GRID_NAME)
         shutdown_ray()
     is_idle = all(done.was_done for done in finished.values())
@@ -108,7 +110,7 @@ def plan_stages(config: Config) -> list[ChainStage]:
     has_demo = config.data is None and config.scrape_pairs.demo is not None
     models = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
     generate = config.generate if has_demo else _for_own_data(config.generate)
-    return [
+    stages = [
         source,
         ChainStage(job=filtering.JOB, config=config.filter_pairs, reads={"pairs": source.job.name}),
         ChainStage(job=text_training.JOB, config=config.train_text_tokenizer, reads={"pairs": "filter_pairs"}),
@@ -126,6 +128,10 @@ def plan_stages(config: Config) -> list[ChainStage]:
             reads={"samples": "generate", "checkpoint": "pretrain", "tokens": "tokenize_pairs", **models},
         ),
     ]
+    names = [stage.job.name for stage in stages]
+    if config.until and config.until not in names:
+        raise ConfigError(f"until={config.until!r}: choose one of the road's jobs, {', '.join(names)}")
+    return stages[: names.index(config.until) + 1] if config.until else stages
 
 
 def first_stage(config: Config) -> ChainStage:

@@ -32,9 +32,9 @@ from cogview.shards.reader import TokenShards
 from cogview.shards.schema import SPLITS, TokenOrigin
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.pixels import pixel_batch, square_pixels
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.tokenizers.vqvae import ImageTokenizer
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
 
@@ -127,7 +127,7 @@ def require_inputs(config: Config) -> Inputs:
 
 def token_origin(inputs: Inputs, *, image_size: int) -> TokenOrigin:
     """What the rows are made with. ConfigError if the image size is no multiple of the tokenizer's stride."""
-    text, image = TextTokenizer.load(inputs.text_tokenizer), ImageTokenizer.load(inputs.image_tokenizer)
+    text, image = TextTokenizer.load(inputs.text_tokenizer), load_image_tokenizer(inputs.image_tokenizer)
     if image_size % image.stride:
         raise ConfigError(
             f"image_size is {image_size}; with this image tokenizer it must be a multiple of {image.stride}"
@@ -260,11 +260,11 @@ def decoded_images(pairs: Iterable[TextImagePair], tokenized: Tokenized, *, conf
 
 
 @functools.lru_cache(maxsize=1)
-def load_tokenizers(text: Path, image: Path, device: str) -> tuple[TextTokenizer, ImageTokenizer]:
+def load_tokenizers(text: Path, image: Path, device: str) -> tuple[TextTokenizer, AnyImageTokenizer]:
     """Both tokenizers, once per process. One thread: there are as many workers as CPUs."""
     if device == "cpu":
         torch.set_num_threads(1)
-    return TextTokenizer.load(text), ImageTokenizer.load(image).to(device)
+    return TextTokenizer.load(text), load_image_tokenizer(image).to(device)
 
 
 def require_both_splits(rows: dict[str, int], *, config: Config) -> None:

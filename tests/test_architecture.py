@@ -21,12 +21,13 @@ CHECKED_FOLDERS = ("cogview", "pipelines", "benchmarks")
 ROOMS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "config": frozenset(),
+    "weight_files": frozenset({"errors"}),
     "records": frozenset({"errors", "config"}),
     "filters": frozenset({"records"}),
-    "tokenizers": frozenset({"errors", "config", "records.images"}),
+    "tokenizers": frozenset({"errors", "config", "records.images", "weight_files"}),
     "shards": frozenset({"errors", "config"}),
     "sequences": frozenset({"errors", "shards.schema", "tokenizers.vocabulary"}),
-    "models": frozenset({"errors", "config"}),
+    "models": frozenset({"errors", "config", "weight_files"}),
     "training": frozenset({"models", "sequences", "errors", "config", "shards"}),
     "sampling": frozenset({"models", "sequences", "tokenizers", "errors"}),
     "evaluation": frozenset({"models", "sequences", "tokenizers", "scenes", "errors", "sampling"}),
@@ -34,8 +35,10 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 RUNTIME_MAY_IMPORT = frozenset({"config", "errors", "shards", "training", "sequences", "models"})
 CHAINS = frozenset({"road"})  # the job files that join other jobs
+SHARED_BY_JOBS = frozenset({"runtime", "tasks"})  # folders: how jobs run, and what several of them train
 STOREYS_ABOVE_COGVIEW = frozenset({"ray", "mlflow", "tyro", "pipelines", "benchmarks", "tests"})
 ONLY_IN_RUNTIME = frozenset({"mlflow"})
+ONLY_UNPICKLER = "cogview/weight_files.py"  # reads an ordinary pickle once, where its caller says so by name
 LAST_LINE_OF_DEFENCE = "pipelines/runtime/command_line.py"  # turns whatever comes into words and an exit code
 MAY_PRINT = ("pipelines/__main__.py", "benchmarks/")
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "helper", "helpers", "misc", "common", "manager"})
@@ -77,16 +80,17 @@ def walls_between_rooms(file: SourceFile) -> Iterator[str]:
 
 
 def walls_between_jobs(file: SourceFile) -> Iterator[str]:
-    """A job knows no other job, the runtime knows no job at all, and nothing imports tests or benchmarks."""
+    """A job knows no other job, tasks know none either, the runtime knows neither, and nothing imports tests."""
     if file.module[0] != "pipelines" or file.path == "pipelines/__main__.py":
         return
     own = file.module[1] if len(file.module) > 1 else ""
+    known = {own} if own == "runtime" else {own, *SHARED_BY_JOBS}
     for line, target in imports(file):
         if target[0] in ("benchmarks", "tests"):
             yield f"{file.path}:{line} pipelines imports {target[0]}"
         elif target[0] == "cogview" and own == "runtime" and not _is_granted(target[1:], RUNTIME_MAY_IMPORT):
             yield f"{file.path}:{line} the runtime imports {'.'.join(target[1:])}; the table does not grant it"
-        elif target[0] == "pipelines" and target[1:2] not in ((), ("runtime",), (own,)) and own not in CHAINS:
+        elif target[0] == "pipelines" and not known.issuperset(target[1:2]) and own not in CHAINS:
             yield f"{file.path}:{line} {own or 'pipelines'} imports the job {target[1]}"
 
 
@@ -102,10 +106,11 @@ def one_door_to_services(file: SourceFile) -> Iterator[str]:
 
 
 def no_pickled_weights(file: SourceFile) -> Iterator[str]:
-    """Nobody switches off torch's refusal to unpickle code."""
-    for node in ast.walk(file.tree):
-        if isinstance(node, ast.keyword) and node.arg == "weights_only" and not _is_true(node.value):
-            yield f"{file.path}:{node.value.lineno} weights_only must be True: a pickle runs code"
+    """Nobody switches off torch's refusal to unpickle code, but for one reader that is asked to by name."""
+    given = [node for node in ast.walk(file.tree) if isinstance(node, ast.keyword) and node.arg == "weights_only"]
+    allowed = 1 if file.path == ONLY_UNPICKLER else 0
+    for node in [node for node in given if not _is_true(node.value)][allowed:]:
+        yield f"{file.path}:{node.value.lineno} weights_only must be True: a pickle runs code"
 
 
 def errors_are_named(file: SourceFile) -> Iterator[str]:
@@ -260,12 +265,19 @@ PLANTED = {
     "a room without walls": ("cogview/attic/a.py", "x = 1", "not in the table"),
     "ray in the library": ("cogview/training/a.py", "def f():\n    import ray.train", "storey above"),
     "a job in a job": ("pipelines/evaluate.py", "from pipelines.generate import main", "the job generate"),
+    "a job in a task": ("pipelines/tasks/a.py", "from pipelines.pretrain import main", "the job pretrain"),
+    "a task in the runtime": ("pipelines/runtime/a.py", "import pipelines.tasks.image_tokenizer", "the job tasks"),
     "a job in the runtime": ("pipelines/runtime/a.py", "import pipelines.pretrain", "the job pretrain"),
     "a room that the runtime does not know": ("pipelines/runtime/a.py", "import cogview.sampling.x", "sampling"),
     "mlflow in a job": ("pipelines/generate.py", "from mlflow.entities import Param", "imports mlflow"),
     "ray started in a job": ("pipelines/generate.py", "import ray\nray.init()", "starts Ray"),
     "ray started by name": ("pipelines/generate.py", "from ray import init\ninit()", "starts Ray"),
     "a pickle": ("cogview/training/a.py", "import torch\ntorch.load('x', weights_only=False)", "weights_only"),
+    "a second unpickler": (
+        ONLY_UNPICKLER,
+        "import torch\ntorch.load('x', weights_only=False)\ntorch.load('y', weights_only=False)",
+        ":3 weights_only",
+    ),
     "a bare except": ("cogview/records/a.py", "try:\n    pass\nexcept:\n    pass", "name the errors"),
     "a broad except": ("pipelines/a.py", "try:\n    pass\nexcept (OSError, Exception):\n    pass", "name the errors"),
     "a second last line of defence": (
@@ -298,6 +310,8 @@ FINE = {
     "the version": ("cogview/config.py", "from cogview import __version__"),
     "a chain of jobs": ("pipelines/road.py", "from pipelines import pretrain\nimport pipelines.runtime.chain"),
     "the runtime in a job": ("pipelines/pretrain.py", "from pipelines.runtime.jobs import Job"),
+    "a task in a job": ("pipelines/pretrain.py", "from pipelines.tasks.image_tokenizer import build_task"),
+    "the runtime in a task": ("pipelines/tasks/a.py", "from pipelines.runtime.jobs import JobRun"),
     "the last line of defence": (LAST_LINE_OF_DEFENCE, "try:\n    pass\nexcept Exception:\n    pass"),
     "a benchmark that prints": ("benchmarks/road.py", "print(1)"),
 }

@@ -26,7 +26,7 @@ CHAINS = {"road"}  # a chain has the Config and PRESETS of a job, but joins jobs
 
 def targets() -> dict[str, str]:
     """Every target of the Makefile that is a command, with the line that `make help` shows for it."""
-    found = re.findall(r"^([a-z]+):(?:.*?## (.*))?$", MAKEFILE.read_text(), flags=re.MULTILINE)
+    found = re.findall(r"^([a-z-]+):(?:.*?## (.*))?$", MAKEFILE.read_text(), flags=re.MULTILINE)
     return dict(found)
 
 
@@ -58,7 +58,7 @@ def pinned_versions() -> dict[str, str]:
 def test_the_pages_name_only_commands_that_exist(page: str) -> None:
     text = (REPOSITORY / page).read_text()
     code = re.findall(r"^```.*?^```|`[^`\n]+`", text, flags=re.MULTILINE | re.DOTALL)
-    named = {name for piece in code for name in re.findall(r"(?:^|[`\n;&] *)make ([a-z]+)", piece)}
+    named = {name for piece in code for name in re.findall(r"(?:^|[`\n;&] *)make ([a-z-]+)", piece)}
     assert named, f"{page} names no command"
     assert named <= targets().keys()
 

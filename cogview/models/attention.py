@@ -2,7 +2,8 @@
 
 `pb_relax_attention` is the paper's formula, written out. `fused_attention` is torch's kernel, which keeps the softmax
 statistics in fp32 and subtracts the row maximum itself; queries are divided by sqrt(D) before the product, as the
-released code does.
+released code does. Forbidden scores are -inf; the release's -10,000 would let a row whose own scores are all lower look
+into the future.
 """
 
 # B batch, H heads, Q queries, K keys, D head size
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 PB_RELAX_ALPHA = 32.0
-MASKED_SCORE = -10000.0
 
 
 def pb_relax_attention(
@@ -26,15 +26,15 @@ def pb_relax_attention(
     """
     scale = PB_RELAX_ALPHA * math.sqrt(q_BHQD.shape[-1])
     scores_BHQK = (q_BHQD / scale) @ k_BHKD.transpose(-1, -2)
-    scores_BHQK = scores_BHQK.masked_fill(~allowed, MASKED_SCORE)
-    relaxed_BHQK = PB_RELAX_ALPHA * (scores_BHQK - scores_BHQK.amax(dim=-1, keepdim=True).detach())
+    scores_BHQK = scores_BHQK.masked_fill(~allowed, -torch.inf)
+    relaxed_BHQK = PB_RELAX_ALPHA * (scores_BHQK - scores_BHQK.detach().amax(dim=-1, keepdim=True))
     return nn.functional.dropout(relaxed_BHQK.softmax(dim=-1), dropout) @ v_BHKD
 
 
 def plain_attention(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with scores at full size: the form that overflows fp16 in deep models."""
     scores_BHQK = (q_BHQD @ k_BHKD.transpose(-1, -2)) / math.sqrt(q_BHQD.shape[-1])
-    probabilities_BHQK = scores_BHQK.masked_fill(~allowed, MASKED_SCORE).softmax(dim=-1)
+    probabilities_BHQK = scores_BHQK.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
     return nn.functional.dropout(probabilities_BHQK, dropout) @ v_BHKD
 
 

@@ -7,8 +7,9 @@ switch. Input and output embeddings are tied. Names of weights are those of the 
 
 # B batch, L sequence, E hidden, H heads, D head size, V vocabulary, K keys (cached and new)
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from cogview.errors import ConfigError
 from cogview.models.attention import causal_mask, fused_attention, pb_relax_attention, plain_attention
 from cogview.models.norms import LayerNorm
+from cogview.models.pivots import Pivots, SparseConfig, draw_pivots, inference_mask, needed_keys
 
-AttentionKind = Literal["fused", "pb_relax", "plain"]
+AttentionKind = Literal["fused", "pb_relax", "plain", "sparse"]
+Regions = Callable[[int], Tensor | Pivots | None]  # layer -> mask, pivots, or None: causal
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """A GPT's shape and its switches; the defaults are the released 4 B model, in the paper's training form.
 
-    attention: "fused" (torch's kernel, fp32 softmax statistics), "pb_relax" (equation 4 as written) or "plain".
+    attention: "fused" (torch's kernel, fp32 softmax statistics), "pb_relax" (equation 4 as written), "plain",
+        or "sparse" (three regions, appendix B; outside of training it is "fused" unless `sparse` says otherwise).
     embedding_gradient: the share of the gradient that reaches the embeddings (the paper's 0.1; the released code: 1).
     """
 
@@ -40,14 +44,20 @@ class GPTConfig:
     sandwich_ln: bool = True
     ln_prescale: bool = True
     attention: AttentionKind = "fused"
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     embedding_gradient: float = 0.1
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
-        if self.attention not in ("fused", "pb_relax", "plain"):
-            raise ConfigError(f"attention={self.attention!r}: choose fused, pb_relax or plain")
+        if self.attention not in get_args(AttentionKind):
+            raise ConfigError(f"attention={self.attention!r}: choose one of {', '.join(get_args(AttentionKind))}")
+        if self.attention == "sparse" and self.sparse.padding_id >= self.vocab_size:
+            raise ConfigError(
+                f"sparse.padding_id={self.sparse.padding_id} is not among vocab_size={self.vocab_size} ids; "
+                "set sparse.num_image_ids and sparse.padding_id to those of the vocabulary"
+            )
         if not 0 < self.embedding_gradient <= 1:
             raise ConfigError(f"embedding_gradient={self.embedding_gradient}: choose a share above 0, up to 1")
 
@@ -55,7 +65,8 @@ class GPTConfig:
 class KeyValueCache:
     """Keys and values of all layers for a fixed number of positions, filled from the left.
 
-    allowed_BK: bool, which cached positions may be looked at (False for the padding before a short prompt).
+    allowed_BK: bool, which cached positions may be looked at (False for the padding before a short prompt);
+    ids_BK: int64, the tokens, which only sparse attention asks for.
     """
 
     def __init__(self, config: GPTConfig, *, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -63,16 +74,29 @@ class KeyValueCache:
         shape = (config.num_layers, 2, batch, config.num_heads, length, head_size)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.allowed_BK = torch.ones(batch, length, dtype=torch.bool, device=device)
+        self.ids_BK = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self.filled = 0
 
     def extend(self, layer: int, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the filled ones; returns all of them [B, H, K, D]."""
-        end = self.filled + k_BHLD.shape[2]
-        if end > self.storage.shape[4]:
-            raise ConfigError(f"the cache holds {self.storage.shape[4]} positions, {end} are needed; make it longer")
+        end = self._end(k_BHLD.shape[2])
         self.storage[layer, 0, :, :, self.filled : end] = k_BHLD
         self.storage[layer, 1, :, :, self.filled : end] = v_BHLD
         return self.storage[layer, 0, :, :, :end], self.storage[layer, 1, :, :, :end]
+
+    def remember(self, ids_BL: Tensor) -> Tensor:
+        """Store the tokens behind the filled positions; returns all of them [B, K]."""
+        end = self._end(ids_BL.shape[1])
+        self.ids_BK[:, self.filled : end] = ids_BL
+        return self.ids_BK[:, :end]
+
+    def begin_with(self, prompts: "KeyValueCache", *, rows_B: Tensor) -> None:
+        """Take over what `prompts` holds, its row rows_B[b] as row b: a prompt is read once for many samples."""
+        end = prompts.filled
+        self.storage[:, :, :, :, :end] = prompts.storage[:, :, rows_B, :, :end]
+        self.allowed_BK[:, :end] = prompts.allowed_BK[rows_B, :end]
+        self.ids_BK[:, :end] = prompts.ids_BK[rows_B, :end]
+        self.filled = end
 
     def attention_mask(self, num_queries: int) -> Tensor:
         """bool [B, 1, Q, K] for queries that follow the filled positions."""
@@ -86,6 +110,12 @@ class KeyValueCache:
         itself_QK = keys_K[self.filled :, None] == keys_K[None, :]
         return (causal_QK & allowed_B1K | itself_QK)[:, None]
 
+    def _end(self, num_new: int) -> int:
+        end, length = self.filled + num_new, self.storage.shape[4]
+        if end > length:
+            raise ConfigError(f"the cache holds {length} positions, {end} are needed; make it longer")
+        return end
+
 
 class Attention(nn.Module):
     """Multi-head self-attention; rows of `query_key_value` are all queries, then all keys, then all values."""
@@ -96,8 +126,8 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BLE: Tensor, cache: KeyValueCache | None, allowed: Tensor | None) -> Tensor:
-        """[B, L, E] -> [B, L, E]; causal if `allowed` is None, else looking where the mask [B, 1, L, K] says."""
+    def forward(self, hidden_BLE: Tensor, cache: KeyValueCache | None, allowed: Tensor | Pivots | None) -> Tensor:
+        """[B, L, E] -> [B, L, E]; causal if `allowed` is None, else looking where mask [B, 1, L, K] or pivots say."""
         batch, length, _ = hidden_BLE.shape
         qkv = self.query_key_value(hidden_BLE).view(batch, length, 3, self.config.num_heads, -1)
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -107,9 +137,15 @@ class Attention(nn.Module):
         merged: Tensor = self.dense(attended_BHLD.transpose(1, 2).reshape(batch, length, -1))
         return merged
 
-    def _attend(self, q_BHLD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, allowed: Tensor | None) -> Tensor:
+    def _attend(self, q_BHLD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, allowed: Tensor | Pivots | None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
-        if self.config.attention == "fused":
+        if isinstance(allowed, Pivots):
+            from cogview.models.sparse_attention import sparse_attention  # brings torch's compiler, which takes seconds
+
+            return sparse_attention(q_BHLD, k_BHKD, v_BHKD, pivots=allowed, dropout=dropout)
+        if self.config.attention in ("fused", "sparse"):
+            if allowed is not None and self.config.attention == "sparse" and self.config.sparse.in_evaluation:
+                k_BHKD, v_BHKD, allowed = needed_keys(k_BHKD, v_BHKD, allowed)
             return fused_attention(q_BHLD, k_BHKD, v_BHKD, allowed=allowed, dropout=dropout)
         if allowed is None:
             allowed = causal_mask(q_BHLD.shape[2], k_BHKD.shape[2], device=q_BHLD.device)
@@ -145,7 +181,9 @@ class Block(nn.Module):
         self.fourth_layernorm = _norm(config) if config.sandwich_ln else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_BLE: Tensor, cache: KeyValueCache | None = None, allowed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BLE: Tensor, cache: KeyValueCache | None = None, allowed: Tensor | Pivots | None = None
+    ) -> Tensor:
         """[B, L, E] -> [B, L, E]."""
         attended_BLE = self.dropout(self.attention(self.input_layernorm(hidden_BLE), cache, allowed))
         hidden_BLE = hidden_BLE + self.third_layernorm(attended_BLE)
@@ -175,19 +213,30 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(self._initialise)
 
-    def forward(self, ids_BL: Tensor, positions_BL: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states [B, L, E] after the last norm. A cache is advanced by L positions."""
+    def forward(
+        self,
+        ids_BL: Tensor,
+        positions_BL: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        pivot_keys_B: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, E] after the last norm. A cache is advanced by L positions.
+
+        pivot_keys_B: int64, numbers that decide the pivots of sparse attention (see `pivots.pivot_keys`); without them
+        training takes them from torch's random state on the CPU, and evaluation 0.
+        """
         hidden_BLE = self.word_embeddings(ids_BL) + self.transformer.position_embeddings(positions_BL)
         share = self.config.embedding_gradient
         if share < 1 and self.training:
             hidden_BLE = share * hidden_BLE + (1 - share) * hidden_BLE.detach()
         hidden_BLE = self.dropout(hidden_BLE)
-        allowed = None if cache is None else cache.attention_mask(ids_BL.shape[1])
-        for layer in self.transformer.layers:
+        regions_of = self._regions(ids_BL, cache, pivot_keys_B)
+        for index, layer in enumerate(self.transformer.layers):
             if self.config.activation_checkpointing and self.training:
-                hidden_BLE = checkpoint(layer, hidden_BLE, use_reentrant=False)
+                hidden_BLE = checkpoint(layer, hidden_BLE, None, regions_of(index), use_reentrant=False)
             else:
-                hidden_BLE = layer(hidden_BLE, cache, allowed)
+                hidden_BLE = layer(hidden_BLE, cache, regions_of(index))
         if cache is not None:
             cache.filled += ids_BL.shape[1]
         normed: Tensor = self.transformer.final_layernorm(hidden_BLE)
@@ -197,6 +246,27 @@ class GPT(nn.Module):
         """Scores over the vocabulary [..., V] of hidden states [..., E], or only over a range of ids."""
         weight_VE = self.word_embeddings.weight if ids is None else self.word_embeddings.weight[ids.start : ids.stop]
         return hidden @ weight_VE.T
+
+    def compile_layers(self) -> None:
+        """Compile every block in place: one graph, made at the first step, serves all of them. Needs a C++ compiler."""
+        for layer in self.transformer.layers:
+            layer.compile()
+
+    def _regions(self, ids_BL: Tensor, cache: KeyValueCache | None, pivot_keys_B: Tensor | None) -> Regions:
+        """Where each layer looks: the same for all with dense attention, drawn for each with sparse attention."""
+        config, length = self.config.sparse, ids_BL.shape[1]
+        allowed = None if cache is None else cache.attention_mask(length)
+        if self.config.attention != "sparse" or not (self.training or config.in_evaluation):
+            return lambda layer: allowed
+        if cache is not None and allowed is not None:
+            ids_BK, max_positions = cache.remember(ids_BL), self.config.max_positions
+            return lambda layer: inference_mask(
+                allowed, ids_BK, layer=layer, max_positions=max_positions, config=config
+            )
+        if pivot_keys_B is None:
+            pivot_keys_B = torch.randint(2**62, (len(ids_BL),)) if self.training else torch.zeros(len(ids_BL)).long()
+        keys_B = pivot_keys_B.to(ids_BL.device)
+        return lambda layer: draw_pivots(ids_BL, keys_B=keys_B, layer=layer, config=config)
 
     def _initialise(self, module: nn.Module) -> None:
         """N(0, 0.02); the outputs of both branches N(0, 0.02 / sqrt(2 layers)); biases 0, norms 1."""

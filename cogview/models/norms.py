@@ -12,6 +12,9 @@ class LayerNorm(nn.LayerNorm):
 
     Deep activations reach 1e4 to 1e5, whose variance overflows fp16. LayerNorm is invariant to the scale of its input,
     so the divisor changes nothing but the range. It is one detached scalar a call; an all-zero input stays zero.
+
+    In evaluation each row has its own divisor, where the release keeps the whole tensor's: the difference is that of
+    eps alone, and no sample depends on what else is in its batch.
     """
 
     def __init__(self, hidden_size: int, *, eps: float, prescale: bool) -> None:
@@ -22,8 +25,11 @@ class LayerNorm(nn.LayerNorm):
         """Normalise the last dimension of a tensor of any shape [..., hidden_size]."""
         if not self.prescale:
             return super().forward(input)
+        tiny = torch.finfo(input.dtype).tiny
+        if not self.training:
+            return super().forward(input / (input.abs().amax(dim=-1, keepdim=True) / PRESCALED_RANGE).clamp_min(tiny))
         lowest, highest = torch.aminmax(input.detach())
-        divisor = (torch.maximum(highest, -lowest) / PRESCALED_RANGE).clamp_min(torch.finfo(input.dtype).tiny)
+        divisor = (torch.maximum(highest, -lowest) / PRESCALED_RANGE).clamp_min(tiny)
         if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.compiler.is_compiling():
             # Reading the number costs nothing here; on a GPU it would wait for all work before it.
             return self._divided_inside(input, divisor=float(divisor))

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cogview.errors import CheckpointError
 from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.pivots import SparseConfig
 
 WEIGHTS_NAME = "model.safetensors"
 SETTINGS_NAME = "model.json"
@@ -19,29 +22,45 @@ SETTINGS_NAME = "model.json"
 
 def save_model(model: GPT, folder: Path, *, settings: Mapping[str, Any]) -> None:
     """Write the weights, and `settings` (fingerprints, grid, length, ...) with the model's config and sha256."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
-    digest = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-    document = {**settings, "config": asdict(model.config), "sha256": digest}
+    save_weights(weights, folder, config=model.config, settings=settings)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], folder: Path, *, config: GPTConfig, settings: Mapping[str, Any]
+) -> None:
+    """The same for a model's tensors by name; what is mapped to a file is copied without being held in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), folder / WEIGHTS_NAME)
+    document = {**settings, "config": asdict(config), "sha256": _sha256(folder / WEIGHTS_NAME)}
     (folder / SETTINGS_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def load_model(folder: Path) -> tuple[GPT, dict[str, Any]]:
-    """The model in evaluation mode, and its settings. CheckpointError when files are missing, damaged or do not fit."""
+    """The model in evaluation mode and in the precision of its file, and its settings.
+
+    It is laid out without memory and takes its weights from the file, to which they stay mapped until they are
+    changed or moved: a large model is never held twice. CheckpointError when files are missing, damaged or do not fit.
+    """
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS_NAME).read_text())
-        with open(folder / WEIGHTS_NAME, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(folder / WEIGHTS_NAME)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no trained model ({error}); give the output folder of pretrain"
         ) from error
     if digest != settings["sha256"]:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged: its sha256 is not that of {SETTINGS_NAME}")
-    model = GPT(GPTConfig(**settings["config"]))
+    shape = dict(settings["config"])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))}))
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        model.load_state_dict(load_file(folder / WEIGHTS_NAME), assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} does not fit {SETTINGS_NAME}: {error}") from error
     return model.eval(), settings
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,9 +19,9 @@ from cogview.models.published import load_model
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig
 from cogview.sequences.layout import TASKS
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.tokenizers.vqvae import ImageTokenizer
 
 LAYOUT = TASKS["text_to_image"]
 PROMPT_COMMANDS = sum(len(segment.before) for segment in LAYOUT.segments)  # ROI1, BASE and BOI1 are not text
@@ -37,7 +37,7 @@ class TextToImage:
 
     model: GPT
     text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
+    image_tokenizer: AnyImageTokenizer
     vocabulary: Vocabulary
     grid: int
     length: int
@@ -49,7 +49,7 @@ class TextToImage:
 
         Raises VocabularyError if the tokenizers are not those of the checkpoint, CheckpointError for a damaged file.
         """
-        text, image = TextTokenizer.load(text_tokenizer), ImageTokenizer.load(image_tokenizer)
+        text, image = TextTokenizer.load(text_tokenizer), load_image_tokenizer(image_tokenizer)
         vocabulary = Vocabulary(image.num_codes, text.num_pieces)
         model, settings = load_model(checkpoint)
         found = {

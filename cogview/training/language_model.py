@@ -21,11 +21,20 @@ class LanguageModelLoss(nn.Module):
         self.gpt, self.logits_bytes = gpt, logits_bytes
 
     def forward(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, loss_weights: Tensor, image_part: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        image_part: Tensor,
+        pivot_keys: Tensor | None = None,
     ) -> StepLoss:
-        """The weighted sum of the tokens' losses in fp32 (arguments: see SequenceBatch). Padding is never projected."""
+        """The weighted sum of the tokens' losses in fp32 (arguments: see SequenceBatch). Padding is never projected.
+
+        pivot_keys: int64 [B], which pivots sparse attention draws; see `cogview.models.pivots.pivot_keys`.
+        """
         counted_BL = loss_weights > 0
-        hidden_NE = self.gpt(ids, positions)[counted_BL]
+        hidden_NE = self.gpt(ids, positions, pivot_keys_B=pivot_keys)[counted_BL]
         output_VE = self.gpt.word_embeddings.weight
         losses_N = token_losses(hidden_NE, output_VE, labels[counted_BL], logits_bytes=self.logits_bytes)
         weights_N, image_N = loss_weights[counted_BL], image_part[counted_BL]

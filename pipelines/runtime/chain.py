@@ -166,6 +166,22 @@ def read_chain(root: Path) -> dict[str, Any]:
     return content
 
 
+def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) -> Any:
+    """The config with input folders that are not given taken from the chain that ran last under `root`.
+
+    producers: field -> the job that writes it. ConfigError when such a job is not done.
+    """
+    missing = {name: job for name, job in producers.items() if getattr(config, name) is None}
+    if not missing:
+        return config
+    outputs = {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"] if stage["state"] == "done"}
+    for name, job in missing.items():
+        if job not in outputs or not outputs[job].is_dir():
+            flag = f"--{name.replace('_', '-')} FOLDER"
+            raise ConfigError(f"{root / CHAIN_NAME}: no {job} is done; run `make pretrain` first, or give {flag}")
+    return replace(config, **{name: outputs[job] for name, job in missing.items()})
+
+
 def score_words(scores: Mapping[str, Any]) -> str:
     """The first few scores as `psnr 24.1, dead_codes 3`."""
     shown = list(scores.items())[:SCORES_SHOWN]

@@ -57,7 +57,7 @@ def train_on_ray(job: TrainingJob, *, run: JobRun) -> dict[str, float]:
         _work,
         train_loop_config={"job": job, "threads": max(1, usable_cpus() // job.num_workers)},
         torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
-        scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=_has_gpus()),
+        scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=has_gpus()),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str((job.output / RAY_FOLDER).resolve()),
@@ -151,7 +151,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _has_gpus() -> bool:
+def has_gpus() -> bool:
+    """Whether the running Ray has a GPU anywhere."""
     import ray
 
     return bool(ray.cluster_resources().get("GPU", 0))

@@ -86,6 +86,13 @@ def test_caption_columns_may_be_one_word_with_commas(pictures: Path) -> None:
     assert plan_stages(config)[0].config.caption_fields == ("zh", "en", "de")
 
 
+def test_the_road_may_end_early(pictures: Path) -> None:
+    stages = plan_stages(replace(SMOKE, data=pictures, until="filter_pairs"))
+    assert names(stages) == ["import_pairs", "filter_pairs"]
+    with pytest.raises(ConfigError, match="choose one of the road's jobs, scrape_pairs, filter_pairs"):
+        plan_stages(replace(SMOKE, until="filter"))
+
+
 def test_columns_without_data_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --data too"):
         plan_stages(replace(SMOKE, caption_columns=("zh",)))

@@ -50,6 +50,18 @@ def test_a_sample_does_not_depend_on_its_neighbours(model: GPT) -> None:
         assert torch.equal(together[index], generate(model, prompts[index : index + 1], [10 + index])[0])
 
 
+def test_candidates_of_one_prompt_share_its_reading(model: GPT) -> None:
+    read: list[tuple[int, ...]] = []
+    watch = model.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
+    prompts = [prompt(1), prompt(2, 3, 4)]
+    together = generate(model, [prompts[0], prompts[1], prompts[0], prompts[0]], [5, 6, 7, 8])
+    watch.remove()
+    assert read[0] == (2, 6)
+    assert set(read[1:]) == {(4, 1)}
+    for row, ids, seed in ((0, prompts[0], 5), (1, prompts[1], 6), (3, prompts[0], 8)):
+        assert torch.equal(together[row], generate(model, [ids], [seed])[0])
+
+
 def test_only_image_codes_are_drawn_and_seeds_differ(model: GPT) -> None:
     codes = generate(model, [prompt(1)] * 30, list(range(30)))
     assert codes.shape == (30, 4, 4)

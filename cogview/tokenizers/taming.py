@@ -1,0 +1,113 @@
+"""VQGAN checkpoints of taming-transformers (Esser et al. 2021), read into a VQGANTokenizer.
+
+In: a `.ckpt` as its trainer wrote it, with the weights under `state_dict`, or a bare state dict; pixels in [-1, 1], one
+learned codebook (`quantize.embedding.weight`). Out: the same codes and pixels from our tokenizer. The settings follow
+from the names and shapes of the weights; the losses' weights (`loss.*`) are left behind.
+
+Such a file is a pickle that names classes of the trainer. None is imported: each becomes a placeholder without effect.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogview.errors import CheckpointError
+from cogview.tokenizers.codebook import CodebookConfig
+from cogview.tokenizers.residual_blocks import PyramidConfig
+from cogview.tokenizers.vqgan import VQGANConfig, VQGANTokenizer
+
+NORM_GROUPS = 32  # the same in every release; it leaves no trace in the shapes
+CODEBOOK_NAME = "quantize.embedding.weight"
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+LEFT_BEHIND = ("loss.", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
+
+
+class Placeholder:
+    """Stands for an object of the trainer's that we have no use for."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Takes whatever the pickle gives."""
+
+
+def load_taming(path: Path) -> VQGANTokenizer:
+    """Read a VQGAN checkpoint. CheckpointError names what is missing, damaged or of another kind of model.
+
+    To use it in a pipeline, `save` it into a folder.
+    """
+    return from_taming(read_taming(path))
+
+
+def from_taming(weights: Mapping[str, Tensor]) -> VQGANTokenizer:
+    """The tokenizer of a state dict with taming's names. CheckpointError where it is no VQGAN with one codebook."""
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
+    strange = sorted(set(weights) - set(kept) - {CODEBOOK_NAME})
+    strange = [name for name in strange if not name.startswith(LEFT_BEHIND)]
+    if strange:
+        raise CheckpointError(f"{strange[0]} is no weight of a VQGAN with one learned codebook; that model is not read")
+    codebook_KD = _named(weights, CODEBOOK_NAME).float()
+    num_codes, code_dim = codebook_KD.shape
+    config = VQGANConfig(
+        pyramid=derive_pyramid(weights),
+        codebook=CodebookConfig(num_codes=num_codes, code_dim=code_dim, start_after=None),
+    )
+    tokenizer = VQGANTokenizer(config)
+    own = tokenizer.codebook.state_dict(prefix="codebook.")
+    own |= {"codebook.codebook_KD": codebook_KD, "codebook.sums_KD": codebook_KD.clone()}
+    try:
+        tokenizer.load_state_dict(kept | own)
+    except RuntimeError as error:
+        raise CheckpointError(f"these are not the weights of a VQGAN: {error}") from error
+    return tokenizer.eval()
+
+
+def derive_pyramid(weights: Mapping[str, Tensor]) -> PyramidConfig:
+    """The networks' settings, read off the names and shapes. CheckpointError for an encoder that is not taming's."""
+    channels = len(_named(weights, "encoder.conv_in.weight"))
+    num_levels = len(_numbers(weights, r"encoder\.down\.(\d+)\."))
+    if not num_levels:
+        raise CheckpointError("the weights have no encoder.down.0; give the checkpoint of a VQGAN")
+    widths = [len(_named(weights, f"encoder.down.{level}.block.0.conv1.weight")) for level in range(num_levels)]
+    if any(width % channels for width in widths):
+        raise CheckpointError(f"the widths {widths} are not multiples of {channels}; this encoder is not taming's")
+    return PyramidConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        num_res_blocks=len(_numbers(weights, r"encoder\.down\.0\.block\.(\d+)\.")),
+        attention_levels=tuple(sorted(_numbers(weights, r"encoder\.down\.(\d+)\.attn\."))),
+        latent_channels=len(_named(weights, "encoder.conv_out.weight")),
+        norm_groups=NORM_GROUPS,
+    )
+
+
+def read_taming(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file. Nothing that the file names is imported or run."""
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        placeholders: list[Any] = [(type("Placeholder", (Placeholder,), {}), name) for name in foreign]
+        with torch.serialization.safe_globals(placeholders):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({error}); where it can, save its state_dict alone, and give that"
+        ) from error
+    weights = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} holds no state_dict of tensors; give the checkpoint of a VQGAN")
+    return {str(name): tensor for name, tensor in weights.items()}
+
+
+def _named(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = weights.get(name)
+    if tensor is None or not tensor.dim():
+        raise CheckpointError(f"the weights lack {name}; give the checkpoint of a VQGAN with one learned codebook")
+    return tensor
+
+
+def _numbers(weights: Mapping[str, Tensor], pattern: str) -> set[int]:
+    return {int(found[1]) for found in (re.match(pattern, name) for name in weights) if found}
