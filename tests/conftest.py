@@ -13,11 +13,16 @@ SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """Ray with two CPUs, started once for all tests that ask for it."""
-    ensure_ray(num_cpus=2)
+def ray_ends() -> Iterator[None]:
+    """Ends Ray after the last test, whoever started it."""
     yield
     shutdown_ray()
+
+
+@pytest.fixture(scope="module")
+def ray_session(ray_ends: None) -> None:
+    """Ray with two CPUs, started once for all tests that ask for it, and again where another file has ended it."""
+    ensure_ray(num_cpus=2)
 
 
 @pytest.fixture
