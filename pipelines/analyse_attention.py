@@ -9,8 +9,6 @@ Appendix C of CogView: which heads follow the rows and columns of the picture, w
 the scale of the scores differs from head to head.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,10 +33,10 @@ from cogview.models.gpt import GPT
 from cogview.models.published import load_model
 from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
 from cogview.sequences.layout import TASKS
-from cogview.shards.manifest import atomic_file
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.vocabulary import Vocabulary
 from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.csv_file import write_csv
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.page import Page, PageFigure, write_page
 
@@ -89,7 +87,7 @@ def main(config: Config, run: JobRun) -> None:
     heads = describe_heads(analysis, rules=config.rules)
     shares = head_shares(heads)
     run.scores.update(shares, rows=analysis.rows, heads=len(heads))
-    write_heads(heads, run.output / "heads.csv")
+    write_csv([asdict(head) for head in heads], run.output / "heads.csv")
     for name, figure in draw_figures(analysis, heads, config=config).items():
         figure.savefig(run.output / name, dpi=120)
         run.tracker.log_figure(figure, name)
@@ -128,17 +126,6 @@ def held_out_batches(shards: TokenShards, *, settings: dict[str, Any], config: C
             config=sequence,
             vocabulary=vocabulary,
         )
-
-
-def write_heads(heads: Sequence[Head], path: Path) -> None:
-    """Every head's numbers as CSV."""
-    text = io.StringIO()
-    rows = [asdict(head) for head in heads]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def draw_figures(analysis: AttentionAnalysis, heads: Sequence[Head], *, config: Config) -> dict[str, "Figure"]:

@@ -10,8 +10,6 @@ CogView, section 2.2 and figure 2: four ways to train the codebook, with the sam
 Arms are Ray tasks of one worker each; as many run at a time as there are GPUs, or CPUs where there is no GPU.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +23,6 @@ from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet
 from cogview.evaluation.reconstruction import reconstruct, score_reconstructions
 from cogview.evaluation.tokenizer_arms import Arm, ArmTrace, combine_arms, read_trace, spread
-from cogview.shards.manifest import atomic_file
 from cogview.tokenizers.codebook import CodebookConfig, Rule
 from cogview.tokenizers.stored import AnyImageTokenizer
 from cogview.tokenizers.structural_similarity import least_side
@@ -33,6 +30,7 @@ from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
 from cogview.training.loop import METRICS_NAME, LoopConfig, Ranks
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.csv_file import write_csv
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.nested import nested_tracker
 from pipelines.runtime.page import Page, PageFigure, write_page
@@ -40,6 +38,8 @@ from pipelines.runtime.side_by_side import Part, train_side_by_side
 from pipelines.runtime.workers import TrainingJob
 from pipelines.tasks.image_tokenizer import (
     PIXELS_NAME,
+    QUICK_OPTIMIZER,
+    SMALL_MODEL,
     Pixels,
     TaskSettings,
     TokenizerTask,
@@ -122,24 +122,11 @@ SMOKE = replace(
     PAPER,
     image_size=64,
     num_held_out=200,
-    # Narrow where the picture is large: the last layer at full resolution costs as much as all others together.
-    model=VQVAEConfig(
-        widths=(16, 32, 96),
-        commitment_weight=1.0,
-        codebook=CodebookConfig(
-            num_codes=512,
-            code_dim=32,
-            decay=0.97,
-            start_after=100,
-            revive_below=0.3,
-            temperature_end=0.1,
-            temperature_steps=1000,
-        ),
-    ),
+    model=replace(SMALL_MODEL, codebook=replace(SMALL_MODEL.codebook, temperature_end=0.1, temperature_steps=1000)),
     loop=LoopConfig(
         num_steps=1200,
         global_batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=4e-3, weight_decay=0.0, final_share=0.02, betas=(0.9, 0.95)),
+        optimizer=QUICK_OPTIMIZER,
         log_every=20,
         validate_every=100,
         checkpoint_every=200,
@@ -266,16 +253,6 @@ def write_results(
         run.tracker.log_artifact(run.output / name)
     best = max(rows, key=lambda row: float(row["psnr"]))
     run.say(f"best PSNR {best['psnr']:.1f} dB with {best['arm']}: {run.output / 'report.html'}")
-
-
-def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Rows with the same columns as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def draw_curves(traces: Sequence[ArmTrace]) -> "Figure":

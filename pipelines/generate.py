@@ -30,7 +30,7 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import Scene, captions, held_out_prompts
 from cogview.shards.manifest import atomic_file, write_json
 from cogview.shards.reader import TokenShards
-from pipelines.runtime.chain import CHAIN_NAME, read_chain
+from pipelines.runtime.chain import fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun
 
 SAMPLES_FOLDER = "samples"
@@ -160,18 +160,9 @@ def resolve(config: Config, *, root: Path) -> Config:
     """
     if config.prompt or config.prompts_file:
         config = replace(config, num_scenes=0, num_validation_prompts=0)
-    missing = {name: job for name, job in SOURCES.items() if getattr(config, name) is None}
-    if not config.num_validation_prompts:
-        missing.pop("tokens", None)
-    if not missing:
-        return config
-    stages = read_chain(root)["stages"]
-    outputs = {stage["job"]: root / stage["output"] for stage in stages if stage["state"] == "done"}
-    for name, job in missing.items():
-        if job not in outputs or not outputs[job].is_dir():
-            flag = f"--{name.replace('_', '-')} FOLDER"
-            raise ConfigError(f"{root / CHAIN_NAME}: no {job} is done; run `make pretrain` first, or give {flag}")
-    return replace(config, **{name: outputs[job] for name, job in missing.items()})
+    producers = {name: job for name, job in SOURCES.items() if name != "tokens" or config.num_validation_prompts}
+    filled: Config = fill_from_chain(config, producers, root=root)
+    return filled
 
 
 def load_painter(config: Config) -> TextToImage:

@@ -74,7 +74,8 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        demo=SiteConfig(num_scenes=10_000),
+        # Two shapes teach twice as much as one, and which colour goes with which shape.
+        demo=SiteConfig(num_scenes=8000, two_shape_share=0.4),
         shard_size=1000,
         image=ImageSettings(image_size=64),
     ),

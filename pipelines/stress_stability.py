@@ -13,8 +13,6 @@ four), and at its end each training's model is run once more with all weights an
 end no training: to one beyond fp16 the loss scale has an answer.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,11 +34,12 @@ from cogview.models.sizes import SIZES
 from cogview.scenes.scene import Scene, corpus, draw_scene
 from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
 from cogview.sequences.layout import TASKS
-from cogview.shards.manifest import atomic_file, write_json
+from cogview.shards.manifest import write_json
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loss_scale import LossScale, LossScaleConfig
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import MasterWeights, Precision
+from pipelines.runtime.csv_file import write_csv
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.nested import nested_tracker
 
@@ -207,8 +206,8 @@ def write_traces(traces: Sequence[ArmTrace], *, folder: Path) -> None:
     by_step.csv: of each step and point the largest reading over all layers; by_layer.csv: the main branch and the
     scores of each layer and step; arms.json: the arms' summaries.
     """
-    _write_csv(folder / "by_step.csv", ("arm", "step", "point", "largest"), _step_rows(traces))
-    _write_csv(folder / "by_layer.csv", ("arm", "step", "layer", "point", "largest"), _layer_rows(traces))
+    write_csv(_step_rows(traces), folder / "by_step.csv")
+    write_csv(_layer_rows(traces), folder / "by_layer.csv")
     write_json(folder / "arms.json", {trace.name: trace.summary() for trace in traces})
     plot_traces(traces).savefig(folder / "stability.png", dpi=120)
 
@@ -246,29 +245,23 @@ def _plot_steps(axes: "Axes", trace: ArmTrace, point: str) -> None:
         axes.plot(steps[-1:], values[-1:], "X", color=COLOURS[trace.name], markersize=11, markeredgecolor="#262a32")
 
 
-def _step_rows(traces: Iterable[ArmTrace]) -> Iterator[tuple[Any, ...]]:
+def _step_rows(traces: Iterable[ArmTrace]) -> Iterator[dict[str, Any]]:
     for trace in traces:
         for record in trace.records:
-            yield (trace.name, record.step, "loss", f"{record.loss:.5g}")
-            for name, value in record.maxima().items():
-                yield (trace.name, record.step, name.removeprefix("max_"), f"{value:.5g}")
+            readings = {"loss": record.loss} | {
+                name.removeprefix("max_"): value for name, value in record.maxima().items()
+            }
+            for point, value in readings.items():
+                yield {"arm": trace.name, "step": record.step, "point": point, "largest": f"{value:.5g}"}
 
 
-def _layer_rows(traces: Iterable[ArmTrace]) -> Iterator[tuple[Any, ...]]:
+def _layer_rows(traces: Iterable[ArmTrace]) -> Iterator[dict[str, Any]]:
     for trace in traces:
         for record in trace.records:
             for point in ("residual", "scores"):
                 for layer, value in record.by_layer(point).items():
-                    yield (trace.name, record.step, layer, point, f"{value:.5g}")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+                    place = {"arm": trace.name, "step": record.step, "layer": layer, "point": point}
+                    yield place | {"largest": f"{value:.5g}"}
 
 
 def _mosaic(scene: Scene, *, grid: int) -> npt.NDArray[np.uint16]:

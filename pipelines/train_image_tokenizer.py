@@ -26,7 +26,9 @@ from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.workers import TrainingJob, train_on_ray
 from pipelines.tasks.image_tokenizer import (
     PIXELS_NAME,
+    QUICK_OPTIMIZER,
     SHEET_PICTURES,
+    SMALL_MODEL,
     TaskSettings,
     build_task,
     cache_pixels,
@@ -72,19 +74,14 @@ SMOKE = replace(
     PAPER,
     image_size=64,
     num_held_out=200,
-    # Narrow where the picture is large: the last layer at full resolution costs as much as all others together.
-    model=VQVAEConfig(
-        widths=(16, 32, 96),
-        commitment_weight=1.0,
-        codebook=CodebookConfig(num_codes=512, code_dim=32, decay=0.97, start_after=100, revive_below=0.3),
-    ),
+    model=SMALL_MODEL,
     loop=LoopConfig(
-        num_steps=1200,
+        num_steps=1100,
         global_batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=4e-3, weight_decay=0.0, final_share=0.02, betas=(0.9, 0.95)),
+        optimizer=QUICK_OPTIMIZER,
         log_every=25,
-        validate_every=400,
-        checkpoint_every=400,
+        validate_every=550,
+        checkpoint_every=550,
     ),
     num_workers=2,
 )

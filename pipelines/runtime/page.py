@@ -3,16 +3,12 @@
 In: a headline, pictures on disk, rows of numbers. Out: one HTML file that holds everything and needs no network.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from cogview.shards.manifest import atomic_file
-from pipelines.runtime.report import format_number
+from pipelines.runtime.html import data_url, write_html
 
 TEMPLATE = "page.html"
 
@@ -28,7 +24,7 @@ class PageFigure:
     @property
     def data(self) -> str:
         """The picture inside a URL."""
-        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+        return data_url(self.path.read_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +40,5 @@ class Page:
 
 
 def write_page(page: Page, output: Path) -> None:
-    """Write a page to `output`. Every text is escaped, and a content security policy forbids scripts."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(number=format_number)
-    html = environment.get_template(TEMPLATE).render(vars(page))
-    with atomic_file(output) as file:
-        file.write(html.encode())
+    """Write a page to `output`."""
+    write_html(output, template=TEMPLATE, values=vars(page))

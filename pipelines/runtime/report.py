@@ -8,18 +8,17 @@ Captions and sources come from the web, so every text is escaped, pictures are e
 policy forbids scripts and remote content altogether.
 """
 
-import base64
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cogview.shards.manifest import MANIFEST_NAME, atomic_file, read_json
+from cogview.shards.manifest import MANIFEST_NAME, read_json
+from pipelines.runtime.html import data_url, write_html
 
 TEMPLATE = "report.html"
 FACTS = ("preset", "data", "state", "started", "error")
@@ -60,44 +59,22 @@ def write_report(chain: Mapping[str, Any], output: Path, *, root: Path = Path())
     for a damaged file of a stage.
     """
     stages = [_stage(entry, root=root) for entry in chain["stages"] if "output" in entry]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(duration=format_duration, number=format_number)
     scores = _evaluation(stages)
-    html = environment.get_template(TEMPLATE).render(
-        title="CogView",
-        facts={name: chain[name] for name in FACTS if chain.get(name)},
-        stages=stages,
-        total_seconds=sum(stage.seconds for stage in stages),
-        funnel=_funnel(stages),
-        pictures={name: shown for name, wanted in PICTURES.items() if (shown := _pictures(stages, wanted))},
-        samples=_samples(stages),
-        headline=_headline(scores),
-        scores=scores.get("scores", {}),
-        groups=_groups(scores),
-        configs=_configs(stages),
-    )
-    with atomic_file(output) as file:
-        file.write(html.encode())
+    values = {
+        "title": "CogView",
+        "facts": {name: chain[name] for name in FACTS if chain.get(name)},
+        "stages": stages,
+        "total_seconds": sum(stage.seconds for stage in stages),
+        "funnel": _funnel(stages),
+        "pictures": {name: shown for name, wanted in PICTURES.items() if (shown := _pictures(stages, wanted))},
+        "samples": _samples(stages),
+        "headline": _headline(scores),
+        "scores": scores.get("scores", {}),
+        "groups": _groups(scores),
+        "configs": _configs(stages),
+    }
+    write_html(output, template=TEMPLATE, values=values)
     return output
-
-
-def format_duration(seconds: float) -> str:
-    """`75.2` is `1 min 15 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def format_number(value: Any) -> str:
-    """Whole numbers with thousands apart, others with four significant digits, anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _stage(entry: Mapping[str, Any], *, root: Path) -> Stage:
@@ -133,7 +110,7 @@ def _pictures(stages: Iterable[Stage], wanted: Iterable[tuple[str, str, str]]) -
     """The pictures that are there; of a pattern of steps the last few."""
     folders = {stage.job: stage.folder for stage in stages}
     return [
-        {"title": f"{title}, {path.stem}" if "*" in pattern else title, "data": _data_url(path.read_bytes())}
+        {"title": f"{title}, {path.stem}" if "*" in pattern else title, "data": data_url(path.read_bytes())}
         for job, pattern, title in wanted
         if job in folders
         for path in sorted(folders[job].glob(pattern))[-MAX_STEPS_SHOWN:]
@@ -198,13 +175,9 @@ def _configs(stages: Iterable[Stage]) -> list[dict[str, str]]:
 def _picture_url(path: Path) -> str:
     with Image.open(path) as picture:
         if max(picture.size) <= MAX_PICTURE_SIDE:
-            return _data_url(path.read_bytes())
+            return data_url(path.read_bytes())
         smaller = picture.convert("RGB")
     smaller.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     buffer = io.BytesIO()
     smaller.save(buffer, format="PNG")
-    return _data_url(buffer.getvalue())
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return data_url(buffer.getvalue())

@@ -25,12 +25,14 @@ from cogview.records.tars import read_pairs
 from cogview.shards.manifest import read_manifest, shard_name
 from cogview.shards.order import SampleOrder
 from cogview.tokenizers.adversarial import VQGANObjective, VQGANTraining
+from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.multiscale import MultiScaleObjective, MultiScaleTokenizer, MultiScaleTraining
 from cogview.tokenizers.pixels import pixel_batch, square_pixels
 from cogview.tokenizers.stored import AnyImageTokenizer
 from cogview.tokenizers.vqgan import VQGANTokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer, TokenizerLoss, VQVAEConfig
 from cogview.training.loop import LoopConfig, Ranks, StepLoss, WeightedBatch
+from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.cluster import usable_cpus
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.workers import PICTURE_KEY
@@ -39,6 +41,14 @@ PIXELS_NAME = "pixels.npy"
 SHEET_PICTURES = 24
 MAX_SCORED_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # 2**21 pixels are 32 pictures of 256 x 256, or 3 of 800 x 800
 MIN_PICTURES = 10
+# A tokenizer for pictures of 64 pixels, and rates that bring it far in a thousand steps. It is narrow where the picture
+# is large: the last layer at full resolution costs as much as all others together.
+SMALL_MODEL = VQVAEConfig(
+    widths=(16, 32, 96),
+    commitment_weight=1.0,
+    codebook=CodebookConfig(num_codes=512, code_dim=32, decay=0.97, start_after=100, revive_below=0.3),
+)
+QUICK_OPTIMIZER = OptimizerConfig(learning_rate=4e-3, weight_decay=0.0, final_share=0.02, betas=(0.9, 0.95))
 Pixels = npt.NDArray[np.uint8]
 Model = VQVAEConfig | VQGANTraining | MultiScaleTraining
 Objective = ImageTokenizer | VQGANObjective | MultiScaleObjective

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cogview.shards.manifest import ShardEntry, write_json, write_manifest
-from pipelines.runtime.report import format_duration, format_number, write_report
+from pipelines.runtime.html import format_duration, format_number
+from pipelines.runtime.report import write_report
 
 HOSTILE = "<script>alert('caption')</script>"
 CHINESE = "白色背景上的一个大红色圆形"
