@@ -51,10 +51,11 @@ def test_a_later_token_changes_nothing_before_it(attention: str) -> None:
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
-def test_the_three_forms_of_attention_agree() -> None:
+@pytest.mark.parametrize("length", [1, 9, 128, 129])
+def test_the_three_forms_of_attention_agree(length: int) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind(0)
-    allowed = causal_mask(9, 9, device=q.device)
+    q, k, v = torch.randn(3, 2, 4, length, 8).unbind(0)
+    allowed = causal_mask(length, length, device=q.device)
     reference = plain_attention(q, k, v, allowed=allowed)
     assert torch.allclose(pb_relax_attention(q, k, v, allowed=allowed), reference, atol=1e-6)
     assert torch.allclose(fused_attention(q, k, v, allowed=None), reference, atol=1e-6)
