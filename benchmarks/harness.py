@@ -25,6 +25,7 @@ from rich.table import Table
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+SAVED = ("benchmarks/results", "docs")  # what `--save` writes: saving one result leaves the next one's commit clean
 PACKAGES = ("cogview", "torch", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -124,12 +125,17 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit, with a mark when the working tree differs from it; `unknown` outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The checked-out commit, marked `-dirty` when files differ from it, saved results aside; or `unknown`."""
     try:
-        answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        name = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in SAVED))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return answer.stdout.strip()
 
 
