@@ -101,14 +101,16 @@ def require_sha256(path: Path, wanted: str = "") -> str:
 
 
 def state_of(content: Any, *, path: Path) -> dict[str, Tensor]:
-    """The tensors of what was read: those under `module` if there is such a key, without a `module.` before each name.
+    """The tensors of what was read: those under `module` or `state_dict` if there is such a key, by their names without
+    a `module.` that all of them begin with.
 
     CheckpointError when there are none. What is no tensor (counters of some writers) is passed over.
     """
     if isinstance(content, Shell):
         content = content.state_dict()
-    if isinstance(content, Mapping) and isinstance(content.get("module"), Mapping):
-        content = content["module"]
+    for key in ("module", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not weights by name; give a state_dict()")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -1,7 +1,8 @@
 """Turn released weights, which you have fetched yourself, into folders that the other jobs read.
 
 Command: python -m pipelines import_weights paper --gpt FOLDER --image-tokenizer FILE --text-tokenizer FILE
-Reads:   CogView's checkpoint folder (mp_rank_XX_model_states.pt), VQ-VAE (or DALL-E's dVAE) and SentencePiece model
+Reads:   CogView's checkpoint folder (mp_rank_XX_model_states.pt), its VQ-VAE (or DALL-E's dVAE, or a VQGAN of
+         taming-transformers) and SentencePiece model
 Writes:  gpt/ (model.safetensors, model.json), image_tokenizer/, text_tokenizer/, manifest.json
 Time:    as long as the disk needs to read the files twice and to write them once: a few minutes for the 8 GB model
 """
@@ -23,12 +24,15 @@ from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
 from cogview.tokenizers.dvae import DVAETokenizer
 from cogview.tokenizers.released import load_released_dvae, load_released_vqvae
+from cogview.tokenizers.taming import is_taming, load_taming
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.vqgan import VQGANTokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.weight_files import require_sha256
 from pipelines.runtime.jobs import Job, JobRun
 
+ImportedTokenizer = ImageTokenizer | VQGANTokenizer | DVAETokenizer
 Precision = Literal["stored", "fp32", "bf16", "fp16"]
 DTYPES: Mapping[Precision, torch.dtype | None] = {
     "stored": None,
@@ -48,7 +52,7 @@ class Config:
     """What to import. A tokenizer can be imported alone; a GPT needs both, which its folder then names.
 
     gpt: folder with latest_checkpointed_iteration.txt or mp_rank_00_model_states.pt, or one file; image_tokenizer: the
-    VQ-VAE's file, or a folder with the encoder and decoder of DALL-E's dVAE; text_tokenizer: a SentencePiece .model.
+    file of a VQ-VAE or VQGAN, or a folder with a dVAE's encoder and decoder; text_tokenizer: a SentencePiece .model.
     image_sha256, text_sha256: what the files must be, if given. num_heads: 0 for hidden / 64. grid: image codes along
     one side of a picture. precision: of the GPT that is written.
     unsafe_pickle: RUNS THE CODE in files that the safe reader refuses; only for files of someone you trust.
@@ -114,15 +118,16 @@ def import_text(path: Path, *, config: Config, output: Path) -> TextTokenizer:
     return tokenizer
 
 
-def import_image(path: Path, *, config: Config, output: Path) -> ImageTokenizer | DVAETokenizer:
+def import_image(path: Path, *, config: Config, output: Path) -> ImportedTokenizer:
     """The image tokenizer, now in a folder of ours."""
-    tokenizer: ImageTokenizer | DVAETokenizer
+    tokenizer: ImportedTokenizer
     if path.is_dir():
         tokenizer = load_released_dvae(
             _only(path, "encoder.*"), _only(path, "decoder.*"), unsafe_pickle=config.unsafe_pickle
         )
     else:
-        tokenizer = load_released_vqvae(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
+        load = load_taming if is_taming(path, unsafe_pickle=config.unsafe_pickle) else load_released_vqvae
+        tokenizer = load(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
     tokenizer.save(output / "image_tokenizer")
     return tokenizer
 
@@ -131,7 +136,7 @@ def import_gpt(
     released: ReleasedGPT,
     *,
     text: TextTokenizer,
-    image: ImageTokenizer | DVAETokenizer,
+    image: ImportedTokenizer,
     config: Config,
     run: JobRun,
 ) -> None:

@@ -3,23 +3,19 @@
 In: a `.ckpt` as its trainer wrote it, with the weights under `state_dict`, or a bare state dict; pixels in [-1, 1], one
 learned codebook (`quantize.embedding.weight`). Out: the same codes and pixels from our tokenizer. The settings follow
 from the names and shapes of the weights; the losses' weights (`loss.*`) are left behind.
-
-Such a file is a pickle that names classes of the trainer. None is imported: each becomes a placeholder without effect.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from cogview.errors import CheckpointError
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.residual_blocks import PyramidConfig
 from cogview.tokenizers.vqgan import VQGANConfig, VQGANTokenizer
+from cogview.weight_files import read_weight_file, require_sha256, state_of
 
 NORM_GROUPS = 32  # the same in every release; it leaves no trace in the shapes
 CODEBOOK_NAME = "quantize.embedding.weight"
@@ -27,24 +23,23 @@ PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 LEFT_BEHIND = ("loss.", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 
 
-class Placeholder:
-    """Stands for an object of the trainer's that we have no use for."""
+def load_taming(path: Path, *, sha256: str = "", unsafe_pickle: bool = False) -> VQGANTokenizer:
+    """Read a VQGAN checkpoint, in evaluation mode. CheckpointError names what is missing, damaged or of another model.
 
-    def __init__(self, *_: object, **__: object) -> None:
-        """Takes whatever the pickle gives."""
-
-
-def load_taming(path: Path) -> VQGANTokenizer:
-    """Read a VQGAN checkpoint. CheckpointError names what is missing, damaged or of another kind of model.
-
-    To use it in a pipeline, `save` it into a folder.
+    sha256: what the file's must be, if given; unsafe_pickle: see `read_weight_file`.
     """
-    return from_taming(read_taming(path))
+    if sha256:
+        require_sha256(path, sha256)
+    return from_taming(state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path))
+
+
+def is_taming(path: Path, *, unsafe_pickle: bool = False) -> bool:
+    """Whether a weight file has the codebook of a VQGAN. CheckpointError for a file that cannot be read."""
+    return CODEBOOK_NAME in state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path)
 
 
 def from_taming(weights: Mapping[str, Tensor]) -> VQGANTokenizer:
     """The tokenizer of a state dict with taming's names. CheckpointError where it is no VQGAN with one codebook."""
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     kept = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
     strange = sorted(set(weights) - set(kept) - {CODEBOOK_NAME})
     strange = [name for name in strange if not name.startswith(LEFT_BEHIND)]
@@ -83,23 +78,6 @@ def derive_pyramid(weights: Mapping[str, Tensor]) -> PyramidConfig:
         latent_channels=len(_named(weights, "encoder.conv_out.weight")),
         norm_groups=NORM_GROUPS,
     )
-
-
-def read_taming(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file. Nothing that the file names is imported or run."""
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders: list[Any] = [(type("Placeholder", (Placeholder,), {}), name) for name in foreign]
-        with torch.serialization.safe_globals(placeholders):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({error}); where it can, save its state_dict alone, and give that"
-        ) from error
-    weights = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} holds no state_dict of tensors; give the checkpoint of a VQGAN")
-    return {str(name): tensor for name, tensor in weights.items()}
 
 
 def _named(weights: Mapping[str, Tensor], name: str) -> Tensor:

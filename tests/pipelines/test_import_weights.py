@@ -19,6 +19,8 @@ from cogview.shards.manifest import read_manifest
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.dvae import DVAEConfig, DVAETokenizer
 from cogview.tokenizers.released import save_released_vqvae
+from cogview.tokenizers.stored import load_image_tokenizer
+from cogview.tokenizers.taming import load_taming
 from cogview.tokenizers.text import MODEL_NAME, TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
@@ -27,6 +29,7 @@ from pipelines.import_weights import JOB, PRESETS, Config, main
 from pipelines.runtime.jobs import run_job
 from tests.pipelines.job_runs import open_run
 from tests.pipelines.pair_folders import QuietDisplay
+from tests.tokenizers.taming_layout import make_weights
 
 NUM_CODES, GRID, LENGTH = 32, 4, 64
 PROMPTS = ("a large red circle on a blue background", "白色背景上的一个大红色圆形")
@@ -131,6 +134,16 @@ def test_a_folder_of_encoder_and_decoder_is_dalls_dvae(tmp_path: Path) -> None:
     (tmp_path / "dvae" / "encoder.pkl").unlink()
     with pytest.raises(CheckpointError, match=r"0 files encoder\.\*"):
         main(Config(image_tokenizer=tmp_path / "dvae"), open_run(tmp_path / "out"))
+
+
+def test_a_file_with_a_vqgans_codebook_is_tamings(tmp_path: Path) -> None:
+    torch.save({"state_dict": make_weights(), "epoch": 3}, tmp_path / "last.ckpt")
+    main(Config(image_tokenizer=tmp_path / "last.ckpt"), open_run(tmp_path / "out"))
+    tokenizer = load_image_tokenizer(tmp_path / "out" / "image_tokenizer")
+    pictures = torch.rand(2, 3, 32, 32)
+    assert torch.equal(tokenizer.encode(pictures), load_taming(tmp_path / "last.ckpt").encode(pictures))
+    with pytest.raises(CheckpointError, match="has the sha256"):
+        main(Config(image_tokenizer=tmp_path / "last.ckpt", image_sha256="0" * 64), open_run(tmp_path / "other"))
 
 
 def test_tensors_beside_the_gpt_are_kept(released, tmp_path: Path) -> None:
