@@ -3,8 +3,9 @@
 Command: make verify NAME=train_speed
 All have 6 layers of 384 in 6 heads, one vocabulary, rows of 64 text and 256 image tokens, fp32, no dropout, AdamW and
 the same batch; a step is forward, loss, backward and update. Ours has twice the norms of the others (Sandwich-LN), with
-pre-scaled inputs; it runs as is and with `torch.compile`. The contenders take turns, a few steps each: a rate is of the
-median turn, and a ratio the median of the ratios within a turn, so that a machine that slows down slows all of them.
+pre-scaled inputs; it runs as is and with `torch.compile`. DALLE runs with its defaults, which shift tokens and rotate
+queries and keys, and plain, without both. The contenders take turns, a few steps each: a rate is of the median turn,
+and a ratio the median of those within a turn, so that a machine that slows down slows all of them.
 """
 
 import statistics
@@ -49,6 +50,7 @@ def measure(*, turns: int, threads: int) -> Figures:
         "gpt2": gpt2_step,
         "gpt2_compiled": lambda: gpt2_step(compiled=True),
         "dalle": dalle_step,
+        "dalle_plain": lambda: dalle_step(is_plain=True),
     }
     steps = {}
     for name, build in contenders.items():
@@ -80,7 +82,7 @@ def figures_of(seconds: Mapping[str, list[float]]) -> Figures:
     rate = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     figures: dict[str, float | int | str] = {f"tokens_per_second/{name}": value for name, value in rate.items()}
     for ours in ("ours", "compiled"):
-        for rival in ("gpt2", "gpt2_compiled", "dalle"):
+        for rival in ("gpt2", "gpt2_compiled", "dalle", "dalle_plain"):
             turns = zip(seconds[rival], seconds[ours], strict=True)
             figures[f"ratio/{ours}_to_{rival}"] = statistics.median(theirs / mine for theirs, mine in turns)
     return {**figures, "batch": BATCH, "length": LENGTH, "threads": torch.get_num_threads()}
@@ -157,8 +159,8 @@ def gpt2_step(*, compiled: bool = False) -> Step:
     return optimized(model, lambda: model(input_ids=ids, labels=ids).loss)
 
 
-def dalle_step() -> Step:
-    """DALLE-pytorch's DALLE on codes, with its own text and image losses."""
+def dalle_step(*, is_plain: bool = False) -> Step:
+    """DALLE-pytorch's DALLE on codes, with its own losses: by its defaults, or without shifted tokens and rotation."""
     # Its package imports taming's VQGAN, and with it PyTorch Lightning and torchvision, for a class not used here.
     unused = types.ModuleType("taming.models.vqgan")
     unused.__dict__.update(VQModel=None, GumbelVQ=None)
@@ -174,8 +176,8 @@ def dalle_step() -> Step:
         depth=LAYERS,
         heads=HEADS,
         dim_head=WIDTH // HEADS,
-        shift_tokens=False,
-        rotary_emb=False,
+        shift_tokens=not is_plain,
+        rotary_emb=not is_plain,
     )
     text = torch.randint(1, TEXT_IDS - TEXT, (BATCH, TEXT))
     codes = torch.randint(IMAGE_IDS, (BATCH, IMAGE_SIDE**2))
