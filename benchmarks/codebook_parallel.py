@@ -38,6 +38,7 @@ NUM_STEPS = 20
 NUM_PICTURES = 256
 NUM_HELD_OUT = 16
 SECONDS_PER_WORKER = 1800
+MAX_APART = 1e-5
 BOOK = CodebookConfig(num_codes=128, code_dim=32, decay=0.9, start_after=3, revive_below=0.2, revive_every=4)
 GUMBEL = replace(BOOK, rule="gumbel", temperature_start=8.0, temperature_end=2.0, temperature_steps=NUM_STEPS)
 BOOKS: Mapping[str, CodebookConfig] = {
@@ -49,7 +50,7 @@ BOOKS: Mapping[str, CodebookConfig] = {
 }
 NETWORKS = {"fp64": torch.float64, "fp32": torch.float32}
 BARS = (
-    *(Bar(figure=f"{name}/largest_difference", op="<=", value=1e-5) for name in BOOKS),
+    *(Bar(figure=f"{name}/largest_difference", op="<=", value=MAX_APART) for name in BOOKS),
     *(Bar(figure=f"{name}/moved_by", op=">", value=1e-2) for name in BOOKS if name != "fixed"),  # there was training
 )
 
@@ -64,11 +65,13 @@ def measure() -> Figures:
         for world in (1, 2):
             say(f"training {len(BOOKS)} codebooks with {world} worker{'s' if world > 1 else ''}")
             run_workers(root, world=world)
-        figures: dict[str, float] = {}
+        figures: dict[str, float | int | str] = {}
         for name in BOOKS:
             for precision, suffix in (("fp64", ""), ("fp32", "_fp32")):
                 alone_KD, shared_KD = (trained_codes(root, name, precision, world=world) for world in (1, 2))
-                figures[f"{name}/largest_difference{suffix}"] = float((shared_KD - alone_KD).abs().max())
+                apart_K = (shared_KD - alone_KD).abs().amax(dim=1)
+                figures[f"{name}/largest_difference{suffix}"] = float(apart_K.max())
+                figures[f"{name}/codes_apart{suffix}"] = int((apart_K > MAX_APART).sum())
             moved_KD = trained_codes(root, name, "fp64", world=1) - trained_codes(root, "fixed", "fp64", world=1)
             figures[f"{name}/moved_by"] = float(moved_KD.abs().max())
     return figures
