@@ -2,7 +2,8 @@
 
 Command: make verify NAME=road
 Measures the time to set up and to run, the peak memory of everything that was started, and the attributes that the
-drawn pictures get right for captions that the training never saw. Two cores, whatever the machine has.
+drawn pictures get right for captions that the training never saw. Two cores, whatever the machine has. On a virtual
+machine the cores may be given to others meanwhile: `cpu/withheld` is the share of their time that this one did not get.
 """
 
 import os
@@ -12,6 +13,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, commit, say, verify
 from benchmarks.processes import ProcessWatch, fresh_environment
@@ -36,7 +40,7 @@ def measure(*, cores: int, keep: Path | None) -> Figures:
     watch = ProcessWatch(
         fresh_environment(folder / "home"), interval=3.0
     )  # a look at all processes takes time from them
-    began, started = time.time(), time.monotonic()
+    began, started, before = time.time(), time.monotonic(), psutil.cpu_times()
     with watch:
         # The road's words go to our standard error: standard output is kept for the result.
         done = subprocess.run(
@@ -47,7 +51,7 @@ def measure(*, cores: int, keep: Path | None) -> Figures:
             stdout=sys.stderr,
             check=False,
         )
-    total = time.monotonic() - started
+    total, after = time.monotonic() - started, psutil.cpu_times()
     if done.returncode:
         raise UnmeasuredError(f"make pretrain ended with {done.returncode}; its checkout is {checkout}")
     left = [process.name() for process in watch.wait_for_end(seconds=GRACE_SECONDS)]
@@ -56,6 +60,7 @@ def measure(*, cores: int, keep: Path | None) -> Figures:
         "seconds/total": total,
         "seconds/setup": setup,
         "seconds/job": total - setup,
+        "cpu/withheld": withheld_share(before, after),
         "memory/peak_gib": watch.peak_bytes / 2**30,
         "processes_left": len(left),
         "cores": cores,
@@ -78,6 +83,13 @@ def clone(checkout: Path) -> None:
     if done.returncode or not (checkout / "Makefile").is_file():
         reason = done.stderr.strip() or "its last commit has no Makefile"
         raise UnmeasuredError(f"{REPOSITORY} cannot be cloned: {reason}; commit it first")
+
+
+def withheld_share(before: Any, after: Any) -> float:
+    """Of the time in which a core had something to do, the share in which it stood still: two readings of psutil."""
+    names = ("user", "nice", "system", "irq", "softirq", "steal")  # Linux alone has the last ones
+    spent = {name: getattr(after, name, 0.0) - getattr(before, name, 0.0) for name in names}
+    return float(spent["steal"] / sum(spent.values())) if any(spent.values()) else 0.0
 
 
 def chain_figures(path: Path) -> dict[str, float]:

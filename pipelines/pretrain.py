@@ -97,14 +97,14 @@ SMOKE = replace(
     is_image_fixed=True,
     text_loss_weight=0.5,  # with so few steps the pictures are worth more than the captions
     loop=LoopConfig(
-        num_steps=2100,
+        num_steps=2000,
         global_batch_size=16,
         # So strong a decay makes the model compose shapes and colours that it never saw together; without it, it learns
         # by heart those that it did.
         optimizer=OptimizerConfig(learning_rate=5e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=700,
-        checkpoint_every=700,
+        validate_every=500,
+        checkpoint_every=500,
     ),
     num_workers=2,
     num_validation_rows=256,

@@ -76,12 +76,12 @@ SMOKE = replace(
     num_held_out=200,
     model=SMALL_MODEL,
     loop=LoopConfig(
-        num_steps=1100,
+        num_steps=1000,
         global_batch_size=16,
         optimizer=QUICK_OPTIMIZER,
         log_every=25,
-        validate_every=550,
-        checkpoint_every=550,
+        validate_every=500,
+        checkpoint_every=500,
     ),
     num_workers=2,
 )
