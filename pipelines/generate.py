@@ -68,6 +68,7 @@ class Config:
     prompt: captions; prompts_file: a text file with a caption on every line; candidates: pictures of each given prompt.
     num_scenes: captions of the demo corpus that it never showed, one picture each, of which a share of two_shape_share
     asks for two shapes; num_validation_prompts: captions from the held-out rows of `tokens`.
+    sampling, and scene_sampling for the scenes: a scene has few right pictures, other captions have many.
     seed: of the whole run; each picture gets a seed of its own from it. batch_size, device, threads: the machine.
     """
 
@@ -82,6 +83,7 @@ class Config:
     two_shape_share: float = 0.2
     num_validation_prompts: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scene_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     batch_size: int = runtime_field(8)
     device: str = runtime_field("cpu")
@@ -103,8 +105,8 @@ PRESETS: dict[str, Config] = {
         PAPER,
         candidates=4,
         num_scenes=400,
-        # Of 512 codes 12, as the release keeps 200 of 8192; cooler than its 1.0, for a small model is less sure.
-        sampling=SamplingConfig(temperature=0.2, top_k=12),
+        sampling=SamplingConfig(top_k=12),  # of 512 codes, as the release keeps 200 of 8192
+        scene_sampling=SamplingConfig(temperature=0.2, top_k=12),  # a small model is less sure of what it knows
         device="cpu",
         batch_size=50,
     ),
@@ -209,10 +211,9 @@ def place_orders(prompts: Sequence[Prompt], *, seed: int) -> Iterator[Order]:
 def draw(orders: Sequence[Order], painter: TextToImage, *, config: Config, run: JobRun) -> list[dict[str, Any]]:
     """Draw batch by batch, save each picture, and return the rows of the table of samples."""
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(orders), config.batch_size):
-        batch = orders[start : start + config.batch_size]
+    for sampling, batch in in_batches(orders, config=config):
         codes_Bhw = painter.codes(
-            [order.prompt.text for order in batch], seeds=[order.seed for order in batch], sampling=config.sampling
+            [order.prompt.text for order in batch], seeds=[order.seed for order in batch], sampling=sampling
         )
         pictures = to_pictures(painter.decode(codes_Bhw))
         for order, codes_hw, picture in zip(batch, codes_Bhw.cpu().numpy().astype(np.uint16), pictures, strict=True):
@@ -220,6 +221,15 @@ def draw(orders: Sequence[Order], painter: TextToImage, *, config: Config, run: 
             _save_picture(picture, run.output / rows[-1]["path"])
         run.progress(len(rows), len(orders), "pictures")
     return rows
+
+
+def in_batches(orders: Sequence[Order], *, config: Config) -> Iterator[tuple[SamplingConfig, Sequence[Order]]]:
+    """The orders in their order, in batches that are drawn alike."""
+    for is_scene, group in itertools.groupby(orders, key=lambda order: order.prompt.kind == "scene"):
+        alike = list(group)
+        for start in range(0, len(alike), config.batch_size):
+            sampling = config.scene_sampling if is_scene else config.sampling
+            yield sampling, alike[start : start + config.batch_size]
 
 
 def draw_grid(folder: Path, table: Sequence[Mapping[str, Any]]) -> Image.Image:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cogview.errors import ConfigError, VocabularyError
 from cogview.evaluation.attributes import scene_from_json
+from cogview.sampling.choice import SamplingConfig
 from cogview.scenes.scene import is_held_out
 from cogview.shards.manifest import write_json
 from cogview.shards.reader import TokenShards
@@ -93,6 +94,16 @@ def test_another_seed_draws_other_pictures(config, drawn, run_root):
     _, rows = drawn
     _, others = draw(replace(config, seed=1, num_scenes=0, num_validation_prompts=0), run_root)
     assert all(row["codes"] != other["codes"] for row, other in zip(rows[:4], others, strict=True))
+
+
+def test_scenes_are_drawn_by_their_own_sampling(config, drawn, run_root):
+    _, rows = drawn
+    _, cool = draw(replace(config, scene_sampling=SamplingConfig(temperature=0.0)), run_root)
+    changed = {kind: [] for kind in ("given", "scene", "validation")}
+    for row, other in zip(rows, cool, strict=True):
+        changed[row["kind"]].append(row["codes"] != other["codes"])
+    assert all(changed["scene"])
+    assert not any(changed["given"] + changed["validation"])
 
 
 def test_a_finished_drawing_is_not_drawn_again(config, runs_folder, drawn):
