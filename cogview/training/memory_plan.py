@@ -17,6 +17,7 @@ small beside these (batch, masks, indices) and what is not ours (`RESERVE`).
 from dataclasses import dataclass, replace
 from functools import cache
 
+from cogview.models.attention import SHORT_ROW
 from cogview.models.gpt import GPTConfig, count_parameters
 from cogview.training.cross_entropy import LOGITS_BYTES, chunk_tokens
 from cogview.training.precision import DTYPES, Precision
@@ -135,8 +136,8 @@ def _kept_by_layer(config: GPTConfig, step: StepShape) -> int:
     norms = 4 if config.sandwich_ln else 2  # each its (pre-scaled) input
     linear = 1 + 1 + 1 + 4  # the inputs of qkv, of attention's output, and of the MLP's two layers
     gelu = 4  # its input
-    is_written_out = config.attention in ("pb_relax", "plain")
-    attention = 3 if is_written_out else 4  # copies of q, k, v; or q / sqrt(D), and the product that q, k, v lie in
+    # Copies of q, k and v; or q / sqrt(D), and the product that q, k and v lie in.
+    attention = 3 if _keeps_scores(config, step) else 4
     statistics = 4 * step.tokens * (2 * norms + config.num_heads)  # mean, deviation; log of the softmax's sum
     unit = step.width * step.tokens * config.hidden_size
     masks = 2 * _dropout_mask(config, step)
@@ -149,9 +150,15 @@ def _dropout_mask(config: GPTConfig, step: StepShape) -> int:
     return (1 if step.is_cuda else step.width) * step.tokens * config.hidden_size
 
 
+def _keeps_scores(config: GPTConfig, step: StepShape) -> bool:
+    """Whether attention is written out: by the config, or for rows that are short enough for it on a CPU."""
+    is_small = step.length <= SHORT_ROW and not step.is_cuda and step.precision == "fp32" and not config.dropout
+    return config.attention in ("pb_relax", "plain") or (config.attention == "fused" and is_small)
+
+
 def _scores(config: GPTConfig, step: StepShape) -> int:
     """Probabilities of the written-out attention; with dropout also their mask, and what it leaves of them."""
-    if config.attention not in ("pb_relax", "plain"):
+    if not _keeps_scores(config, step):
         return 0
     number = step.rows * config.num_heads * step.length**2
     mask = 1 if step.is_cuda else step.width

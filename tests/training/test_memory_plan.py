@@ -58,8 +58,9 @@ def test_a_gpu_must_hold_the_peak_and_what_cuda_takes() -> None:
     ids=["fused", "without Sandwich-LN", "written out with dropout", "plain"],
 )
 @pytest.mark.parametrize("is_remade", [False, True], ids=["kept", "remade"])
-def test_activations_are_those_that_autograd_keeps(changes: dict[str, object], is_remade: bool) -> None:
-    config = replace(SMALL, activation_checkpointing=is_remade, **changes)
-    step = StepShape(rows=3, length=48, is_cuda=False)
-    kept = kept_bytes(GPT(config).train(), rows=3, length=48)
+@pytest.mark.parametrize("length", [48, 160], ids=["short", "long"])
+def test_activations_are_those_that_autograd_keeps(changes: dict[str, object], is_remade: bool, length: int) -> None:
+    config = replace(SMALL, max_positions=length + 1, activation_checkpointing=is_remade, **changes)
+    step = StepShape(rows=3, length=length, is_cuda=False)
+    kept = kept_bytes(GPT(config).train(), rows=3, length=length)
     assert plan_memory(config, step).activations == pytest.approx(kept, rel=0.02)
