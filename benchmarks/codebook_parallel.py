@@ -7,8 +7,9 @@ hold a start from encoder outputs and revivals of dead codes. Reports the larges
 codebook, and how far each rule had moved it: the distance from the fixed one, which had the same start.
 
 The bar is for networks that compute in fp64, so that what is compared is the division of labour. In fp32 the two
-orders of summation drift apart by themselves within 20 steps, by up to 1e-2 (probably because Adam answers a gradient
-that is nothing but rounding with a whole step); those figures are reported beside the others, without a bar.
+orders of summation round differently: gradients drift by some 1e-5, and where a choice hangs on a comparison (which
+encoder output starts a code, or revives one) the moving average may choose differently and go on with others. These
+figures, and how many codes are apart, are reported beside the others, without a bar.
 """
 
 import itertools
