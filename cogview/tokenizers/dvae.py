@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cogview.errors import ConfigError
 from cogview.tokenizers.pixel_range import check_codes, check_images
-from cogview.tokenizers.tokenizer_files import read_tokenizer, write_tokenizer
+from cogview.tokenizers.tokenizer_files import known_fingerprint, load_tokenizer, write_tokenizer
 
 KIND = "dvae"
 LAPLACE_EPSILON = 0.1  # the margin of the logit-Laplace likelihood on both sides of [0, 1]
@@ -60,9 +60,7 @@ class DVAETokenizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 of the weights file that was saved or loaded. ConfigError before either."""
-        if self._fingerprint is None:
-            raise ConfigError("a tokenizer has a fingerprint once it is saved or loaded")
-        return self._fingerprint
+        return known_fingerprint(self._fingerprint)
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -90,11 +88,9 @@ class DVAETokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "DVAETokenizer":
         """Read a tokenizer that `save` wrote. CheckpointError when a file is missing, damaged or of other shapes."""
-        stored = read_tokenizer(folder, kind=KIND)
-        tokenizer = cls(DVAEConfig(**stored.config))
-        stored.fill(tokenizer)
-        tokenizer._fingerprint = stored.fingerprint
-        return tokenizer.eval()
+        tokenizer, fingerprint = load_tokenizer(folder, kind=KIND, config_type=DVAEConfig, parts={}, build=cls)
+        tokenizer._fingerprint = fingerprint
+        return tokenizer
 
 
 class ResidualBlock(nn.Module):

@@ -7,10 +7,8 @@ before it. Trained on L1, MS-SSIM and, if weights are given, the perceptual dist
 
 # B batch, C channels, H height, W width, h w height and width in codes, D code dimension
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +21,10 @@ from cogview.tokenizers.perceptual import PerceptualConfig, PerceptualDistance
 from cogview.tokenizers.pixel_range import PixelRange, check_codes, check_images
 from cogview.tokenizers.residual_blocks import Decoder, Downsample, Encoder, PyramidConfig, ResidualBlock
 from cogview.tokenizers.structural_similarity import SCALE_WEIGHTS, ms_ssim, weights_of
-from cogview.tokenizers.tokenizer_files import read_tokenizer, with_tuples, write_tokenizer
+from cogview.tokenizers.tokenizer_files import known_fingerprint, load_tokenizer, write_tokenizer
 
 KIND = "multiscale"
+PARTS = {"pyramid": PyramidConfig, "codebook": CodebookConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +106,7 @@ class MultiScaleTokenizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 of the weights file that was saved or loaded. ConfigError before either."""
-        if self._fingerprint is None:
-            raise ConfigError("a tokenizer has a fingerprint once it is saved or loaded")
-        return self._fingerprint
+        return known_fingerprint(self._fingerprint)
 
     def forward(self, images_BCHW: Tensor) -> tuple[list[Tensor], Quantized]:
         """Each level's reconstruction (pixels around [0, 1], finest first), and what the codebook has to say."""
@@ -151,11 +148,9 @@ class MultiScaleTokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "MultiScaleTokenizer":
         """Read a tokenizer that `save` wrote. CheckpointError when a file is missing, damaged or of other shapes."""
-        stored = read_tokenizer(folder, kind=KIND)
-        tokenizer = cls(stored.rebuild(_config_of))
-        stored.fill(tokenizer)
-        tokenizer._fingerprint = stored.fingerprint
-        return tokenizer.eval()
+        tokenizer, fingerprint = load_tokenizer(folder, kind=KIND, config_type=MultiScaleConfig, parts=PARTS, build=cls)
+        tokenizer._fingerprint = fingerprint
+        return tokenizer
 
     def _level(self, level: int | None) -> int:
         level = self.config.main_level if level is None else level
@@ -172,14 +167,6 @@ class MultiScaleTokenizer(nn.Module):
     def _decoded(self, vectors_BDhw: Tensor, *, level: int) -> Tensor:
         vectors_BDhw = vectors_BDhw.to(self.encoder.conv_in.weight.dtype)
         return self.pixels.unclamped(self.decoders[level](self.post_quant_conv[level](vectors_BDhw)))
-
-
-def _config_of(plain: Mapping[str, Any]) -> MultiScaleConfig:
-    nested = {
-        "pyramid": PyramidConfig(**with_tuples(plain["pyramid"])),
-        "codebook": CodebookConfig(**plain["codebook"]),
-    }
-    return MultiScaleConfig(**(with_tuples(plain) | nested))
 
 
 class _Halving(nn.Module):

@@ -16,12 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from cogview.errors import CheckpointError
+from cogview.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "image_tokenizer.safetensors"
 SETTINGS_NAME = "image_tokenizer.json"
 FIRST_KIND = "vqvae"  # its settings say no kind
 Config = TypeVar("Config")
+Tokenizer = TypeVar("Tokenizer", bound=nn.Module)
+Parts = Mapping[str, Callable[..., Any]]  # of a config: field -> the config that stands in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,11 @@ class StoredTokenizer:
     weights: bytes
     fingerprint: str
 
-    def rebuild(self, config_of: Callable[[Mapping[str, Any]], Config]) -> Config:
-        """The config that the plain values make. CheckpointError for values that are not of its fields."""
+    def rebuild(self, config_type: Callable[..., Config], *, parts: Parts) -> Config:
+        """The config that the plain values make, with these configs inside. CheckpointError for values of others."""
         try:
-            return config_of(self.config)
+            inside = {name: part(**with_tuples(self.config[name])) for name, part in parts.items()}
+            return config_type(**(with_tuples(self.config) | inside))
         except (TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{self.folder / SETTINGS_NAME} is damaged, or of another version ({error!r}); copy it again"
@@ -95,6 +98,26 @@ def read_tokenizer(folder: Path, *, kind: str) -> StoredTokenizer:
             f"{folder / WEIGHTS_NAME} is damaged: sha256 {digest[:12]}, not {settings['sha256'][:12]}"
         )
     return StoredTokenizer(folder=folder, kind=kind, config=settings["config"], weights=weights, fingerprint=digest)
+
+
+def load_tokenizer(
+    folder: Path, *, kind: str, config_type: Callable[..., Config], parts: Parts, build: Callable[[Config], Tokenizer]
+) -> tuple[Tokenizer, str]:
+    """A tokenizer of this kind in evaluation mode, and its fingerprint.
+
+    CheckpointError when a file is missing, damaged or of other shapes.
+    """
+    stored = read_tokenizer(folder, kind=kind)
+    tokenizer = build(stored.rebuild(config_type, parts=parts))
+    stored.fill(tokenizer)
+    return tokenizer.eval(), stored.fingerprint
+
+
+def known_fingerprint(fingerprint: str | None) -> str:
+    """The sha256 of the weights file that was saved or loaded. ConfigError before either."""
+    if fingerprint is None:
+        raise ConfigError("a tokenizer has a fingerprint once it is saved or loaded")
+    return fingerprint
 
 
 def with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,22 +7,20 @@ from them. The losses that make it a GAN stand in `adversarial.py`.
 
 # B batch, C channels, H height, W width, h w height and width in codes, N vectors, D code dimension
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogview.errors import ConfigError
 from cogview.tokenizers.code_maps import decode_map, empty_codes, encode_map, quantize
 from cogview.tokenizers.codebook import CodebookConfig, Quantized, build_codebook
 from cogview.tokenizers.pixel_range import PixelRange, check_codes, check_images
 from cogview.tokenizers.residual_blocks import Decoder, Encoder, PyramidConfig
-from cogview.tokenizers.tokenizer_files import read_tokenizer, with_tuples, write_tokenizer
+from cogview.tokenizers.tokenizer_files import known_fingerprint, load_tokenizer, write_tokenizer
 
 KIND = "vqgan"
+PARTS = {"pyramid": PyramidConfig, "codebook": CodebookConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +80,7 @@ class VQGANTokenizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 of the weights file that was saved or loaded. ConfigError before either."""
-        if self._fingerprint is None:
-            raise ConfigError("a tokenizer has a fingerprint once it is saved or loaded")
-        return self._fingerprint
+        return known_fingerprint(self._fingerprint)
 
     def forward(self, images_BCHW: Tensor) -> Autoencoded:
         """A batch in [0, 1] through the quantized bottleneck and back; in training the codes move as well."""
@@ -118,16 +114,6 @@ class VQGANTokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "VQGANTokenizer":
         """Read a tokenizer that `save` wrote. CheckpointError when a file is missing, damaged or of other shapes."""
-        stored = read_tokenizer(folder, kind=KIND)
-        tokenizer = cls(stored.rebuild(_config_of))
-        stored.fill(tokenizer)
-        tokenizer._fingerprint = stored.fingerprint
-        return tokenizer.eval()
-
-
-def _config_of(plain: Mapping[str, Any]) -> VQGANConfig:
-    nested = {
-        "pyramid": PyramidConfig(**with_tuples(plain["pyramid"])),
-        "codebook": CodebookConfig(**plain["codebook"]),
-    }
-    return VQGANConfig(**(with_tuples(plain) | nested))
+        tokenizer, fingerprint = load_tokenizer(folder, kind=KIND, config_type=VQGANConfig, parts=PARTS, build=cls)
+        tokenizer._fingerprint = fingerprint
+        return tokenizer

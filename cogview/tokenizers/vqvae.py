@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from cogview.errors import ConfigError
 from cogview.tokenizers.code_maps import decode_map, encode_map, quantize
 from cogview.tokenizers.codebook import CodebookConfig, build_codebook
 from cogview.tokenizers.pixel_range import PixelRange, check_codes, check_images
-from cogview.tokenizers.tokenizer_files import FIRST_KIND, read_tokenizer, with_tuples, write_tokenizer
+from cogview.tokenizers.tokenizer_files import FIRST_KIND, known_fingerprint, load_tokenizer, write_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +88,7 @@ class ImageTokenizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 of the weights file that was saved or loaded. ConfigError before either."""
-        if self._fingerprint is None:
-            raise ConfigError("a tokenizer has a fingerprint once it is saved or loaded")
-        return self._fingerprint
+        return known_fingerprint(self._fingerprint)
 
     def forward(self, images_BCHW: Tensor) -> TokenizerLoss:
         """The training loss of a batch in [0, 1]: L2 in normalised pixels plus the codebook's term."""
@@ -126,20 +123,16 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "ImageTokenizer":
         """Read a tokenizer that `save` wrote. CheckpointError when a file is missing, damaged or of other shapes."""
-        stored = read_tokenizer(folder, kind=FIRST_KIND)
-        tokenizer = cls(stored.rebuild(_config_of))
-        stored.fill(tokenizer)
-        tokenizer._fingerprint = stored.fingerprint
-        return tokenizer.eval()
+        tokenizer, fingerprint = load_tokenizer(
+            folder, kind=FIRST_KIND, config_type=VQVAEConfig, parts={"codebook": CodebookConfig}, build=cls
+        )
+        tokenizer._fingerprint = fingerprint
+        return tokenizer
 
     @property
     def _dtype(self) -> torch.dtype:
         """Of the two networks; pixels and losses are fp32 always."""
         return next(self.encoder.parameters()).dtype
-
-
-def _config_of(plain: Mapping[str, Any]) -> VQVAEConfig:
-    return VQVAEConfig(**(with_tuples(plain) | {"codebook": CodebookConfig(**plain["codebook"])}))
 
 
 def _encoder_layers(widths: tuple[int, ...], dim: int) -> list[nn.Module]:

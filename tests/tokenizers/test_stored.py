@@ -8,6 +8,7 @@ import torch
 
 from cogview.errors import CheckpointError
 from cogview.tokenizers.codebook import CodebookConfig
+from cogview.tokenizers.dvae import DVAEConfig, DVAETokenizer
 from cogview.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from cogview.tokenizers.residual_blocks import PyramidConfig
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
@@ -19,6 +20,7 @@ PYRAMID = PyramidConfig(
     channels=4, multipliers=(1, 1, 1), num_res_blocks=1, attention_levels=(), latent_channels=4, norm_groups=2
 )
 CODEBOOK = CodebookConfig(num_codes=16, code_dim=4)
+DVAE = DVAEConfig(num_codes=16, width=8, code_channels=4, blocks_per_group=1)
 
 
 def tokenizers() -> list[AnyImageTokenizer]:
@@ -40,6 +42,18 @@ def test_a_folder_gives_back_the_kind_that_was_saved(tmp_path: Path, index: int)
     codes = saved.encode(images)
     assert torch.equal(loaded.encode(images), codes)
     assert torch.equal(loaded.decode(codes), saved.decode(codes))
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [*tokenizers(), DVAETokenizer(DVAE)], ids=["vqvae", "vqgan", "multiscale", "dvae"]
+)
+def test_settings_of_another_version_are_named(tmp_path: Path, tokenizer: AnyImageTokenizer) -> None:
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS_NAME).read_text())
+    settings["config"]["hologram"] = 1
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="is damaged, or of another version"):
+        load_image_tokenizer(tmp_path)
 
 
 def test_folders_without_a_known_tokenizer_are_named(tmp_path: Path) -> None:
