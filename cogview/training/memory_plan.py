@@ -8,7 +8,7 @@ fp32), the parts are
   once the backward pass is over. So 16 P in all, as in the paper's ZeRO: 63 GB for the 4 B model;
 * activations: what autograd keeps of a layer is listed in `_kept_by_layer`: 19 w T E with fused attention, to which the
   written-out forms add their scores, w rows heads length^2. With checkpointing a layer keeps its input alone;
-* logits: 12 bytes for each token and id (fp32 logits, log-probabilities and gradient), or those of one chunk.
+* logits: 4 bytes for each token and id (fp32 logits, which become their gradient), or those of one chunk.
 
 They are not all there at once: the peak is the largest of three moments, see `MemoryPlan.peak`. Left out are what is
 small beside these (batch, masks, indices) and what is not ours (`RESERVE`).
@@ -166,10 +166,10 @@ def _scores(config: GPTConfig, step: StepShape) -> int:
 
 
 def _logits(config: GPTConfig, step: StepShape) -> int:
-    """Of the plain form, or of a chunk with its 16-bit copy, and the output matrix's gradient in fp32."""
+    """Of all tokens or of a chunk, with their 16-bit copy, and the gradients of output matrix and hidden states."""
     chunk = chunk_tokens(config.vocab_size, logits_bytes=step.logits_bytes)
-    if step.tokens <= chunk:
-        return 12 * step.tokens * config.vocab_size
     copy = 0 if step.precision == "fp32" else step.width
-    gradient = (4 + step.width) * config.vocab_size * config.hidden_size
-    return (4 + copy) * chunk * config.vocab_size + gradient + step.width * step.tokens * config.hidden_size
+    gathered = 4 if step.tokens > chunk else 0  # bytes of an output gradient that chunks are added to
+    gradient = (gathered + step.width) * config.vocab_size * config.hidden_size
+    logits = (4 + copy) * min(step.tokens, chunk) * config.vocab_size
+    return logits + gradient + step.width * step.tokens * config.hidden_size

@@ -48,6 +48,8 @@ def test_chunks_give_the_plain_losses_and_gradients() -> None:
 def test_the_gradient_is_that_of_the_function() -> None:
     hidden, output, labels, _ = inputs(torch.float64)
     few, small = labels[:10] % 20, 4 * 20 * 3  # 10 tokens over 20 ids, 3 at once
+    whole = token_losses(hidden[:10], output[:20], few)
+    assert torch.allclose(whole, token_losses(hidden[:10], output[:20], few, logits_bytes=small), rtol=1e-12)
     assert torch.autograd.gradcheck(
         lambda h, o: token_losses(h, o, few, logits_bytes=small), (hidden[:10], output[:20])
     )
@@ -61,10 +63,30 @@ def test_half_precision_loses_nothing_to_the_chunks() -> None:
     assert all(relative(a, b) < 5e-3 for a, b in zip(found[1:], expected[1:], strict=True))  # bf16 has 8 bits
 
 
-def test_one_chunk_takes_the_plain_form_to_the_bit() -> None:
-    found = losses_and_gradients(token_losses, torch.float32, logits_bytes=4 * VOCABULARY * TOKENS)
-    expected = losses_and_gradients(plain, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_chunk_gives_the_plain_losses_and_gradients(dtype: torch.dtype) -> None:
+    found = losses_and_gradients(token_losses, dtype)
+    expected = losses_and_gradients(plain, dtype)
+    assert found[0].dtype == torch.float32
+    assert all(
+        relative(a, b) < (1e-6 if dtype == torch.float32 else 5e-3) for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_one_chunk_holds_its_logits_once() -> None:
+    hidden, output, labels, weights = inputs()
+    with LogitBuffers() as watch:
+        losses = token_losses(hidden, output, labels)
+        (losses * weights).sum().backward()
+    assert len(watch.places) == 1
+
+
+def test_the_gradient_is_taken_once() -> None:
+    hidden, output, labels, _ = inputs()
+    total = token_losses(hidden, output, labels).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        total.backward()
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
@@ -100,4 +122,21 @@ class LargestTensor(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+class LogitBuffers(TorchDispatchMode):
+    """The memory in which any operation leaves tokens times ids numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    @property
+    def places(self) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in self.kept}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.kept += [result] if isinstance(result, Tensor) and result.numel() == TOKENS * VOCABULARY else []
         return result

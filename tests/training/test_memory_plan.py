@@ -32,8 +32,9 @@ def test_each_switch_saves_what_it_is_for() -> None:
     written = plan_memory(replace(config, attention="pb_relax", dropout=0.0), STEP)
     assert written.activations - plain.activations > 48 * 2 * 12 * 40 * 1088**2 - 5 * 48 * unit
     whole = plan_memory(config, replace(STEP, logits_bytes=2**40))
-    assert whole.logits == 12 * 12 * 1088 * 58_240
-    assert plain.logits < whole.logits / 4
+    tokens = 12 * 1088
+    assert whole.logits == (4 + 2) * tokens * 58_240 + 2 * (58_240 + tokens) * 2560
+    assert plain.logits < whole.logits / 3
 
 
 def test_sharded_states_and_an_average_count_for_what_they_are() -> None:
