@@ -88,6 +88,16 @@ def read_weight_file(path: Path, *, unsafe_pickle: bool = False) -> Any:
         raise CheckpointError(_explained(path, error)) from error
 
 
+def read_weights(path: Path, *, sha256: str = "", unsafe_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, see `state_of`; sha256: what the file's must be, if given.
+
+    Raises CheckpointError as `read_weight_file` and `state_of` do, and for another sha256 before anything is read.
+    """
+    if sha256:
+        require_sha256(path, sha256)
+    return state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path)
+
+
 def require_sha256(path: Path, wanted: str = "") -> str:
     """The sha256 of a file. CheckpointError when another one is wanted."""
     try:

@@ -23,13 +23,13 @@ from cogview.models.released import ReleasedGPT, open_released_gpt
 from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
 from cogview.tokenizers.dvae import DVAETokenizer
-from cogview.tokenizers.released import load_released_dvae, load_released_vqvae
-from cogview.tokenizers.taming import is_taming, load_taming
+from cogview.tokenizers.released import from_released_vqvae, load_released_dvae
+from cogview.tokenizers.taming import from_taming, is_taming
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqgan import VQGANTokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer
-from cogview.weight_files import require_sha256
+from cogview.weight_files import read_weights, require_sha256
 from pipelines.runtime.jobs import Job, JobRun
 
 ImportedTokenizer = ImageTokenizer | VQGANTokenizer | DVAETokenizer
@@ -126,8 +126,8 @@ def import_image(path: Path, *, config: Config, output: Path) -> ImportedTokeniz
             _only(path, "encoder.*"), _only(path, "decoder.*"), unsafe_pickle=config.unsafe_pickle
         )
     else:
-        load = load_taming if is_taming(path, unsafe_pickle=config.unsafe_pickle) else load_released_vqvae
-        tokenizer = load(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
+        weights = read_weights(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
+        tokenizer = from_taming(weights) if is_taming(weights) else from_released_vqvae(weights, path=path)
     tokenizer.save(output / "image_tokenizer")
     return tokenizer
 

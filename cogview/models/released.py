@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.models.gpt import GPT, GPTConfig
-from cogview.weight_files import check_layout, read_weight_file, state_of
+from cogview.weight_files import check_layout, read_weights
 
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest")  # CogView's, and DeepSpeed's own
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -66,7 +66,7 @@ def open_released_gpt(path: Path, *, num_heads: int = 0, unsafe_pickle: bool = F
     CheckpointError for a rank or tensor that is missing, of another shape, or unknown.
     """
     files, iteration = _find_files(path)
-    states = [_our_names(state_of(read_weight_file(file, unsafe_pickle=unsafe_pickle), path=file)) for file in files]
+    states = [_our_names(read_weights(file, unsafe_pickle=unsafe_pickle)) for file in files]
     ranks = tuple({name: value for name, value in state.items() if not name.startswith(EXTRAS)} for state in states)
     extras = tuple({name: value for name, value in state.items() if name.startswith(EXTRAS)} for state in states)
     config = _config_of(ranks, path=files[0], num_heads=num_heads)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cogview.config import input_field
 from cogview.errors import CheckpointError, ConfigError
-from cogview.weight_files import read_weight_file, require_sha256, state_of
+from cogview.weight_files import read_weights
 
 # VGG16's convolutions in five slices, as numbers of torchvision's `features`; a 2x2 maximum pooling between two slices.
 SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -100,8 +100,7 @@ class PerceptualDistance(nn.Module):
 def _read(path: Path | None, *, name: str, sha256: str) -> Mapping[str, Tensor]:
     if path is None:
         raise ConfigError(f"{name} is not given; name a file of weights for the perceptual distance")
-    require_sha256(path, sha256)
-    return state_of(read_weight_file(path), path=path)
+    return read_weights(path, sha256=sha256)
 
 
 def _tensor(weights: Mapping[str, Tensor], name: str, *, shape: tuple[int | None, ...]) -> Tensor:

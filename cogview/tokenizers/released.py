@@ -17,7 +17,7 @@ from cogview.errors import CheckpointError, ConfigError
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.dvae import DVAEConfig, DVAETokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
-from cogview.weight_files import check_layout, read_weight_file, require_sha256, state_of
+from cogview.weight_files import check_layout, read_weights
 
 # Our names begin with -> theirs. Below that the names agree: both count the layers of a sequence.
 VQVAE_NAMES = {
@@ -39,9 +39,11 @@ def load_released_vqvae(path: Path, *, sha256: str = "", unsafe_pickle: bool = F
     sha256: what the file's must be, if given; unsafe_pickle: see `read_weight_file`. Raises CheckpointError for another
     file, and for tensors that are missing, unknown or of another shape.
     """
-    if sha256:
-        require_sha256(path, sha256)
-    theirs = state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path)
+    return from_released_vqvae(read_weights(path, sha256=sha256, unsafe_pickle=unsafe_pickle), path=path)
+
+
+def from_released_vqvae(theirs: Mapping[str, Tensor], *, path: Path) -> ImageTokenizer:
+    """The tokenizer of a state dict that was read from `path`, see `load_released_vqvae`."""
     tokenizer = ImageTokenizer(_vqvae_config(theirs, path=path))
     state = tokenizer.state_dict()
     # Training would put the codebook onto its first batch, but these codes are learned.
@@ -68,9 +70,7 @@ def load_released_dvae(encoder: Path, decoder: Path, *, unsafe_pickle: bool = Fa
     The modules' classes are neither needed nor run. Raises CheckpointError as `load_released_vqvae` does.
     """
     paths = {"encoder": encoder, "decoder": decoder}
-    states = {
-        part: state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path) for part, path in paths.items()
-    }
+    states = {part: read_weights(path, unsafe_pickle=unsafe_pickle) for part, path in paths.items()}
     tokenizer = DVAETokenizer(_dvae_config(states, paths=paths))
     for part, theirs in states.items():
         network = tokenizer.get_submodule(part)

@@ -15,7 +15,7 @@ from cogview.errors import CheckpointError
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.residual_blocks import PyramidConfig
 from cogview.tokenizers.vqgan import VQGANConfig, VQGANTokenizer
-from cogview.weight_files import read_weight_file, require_sha256, state_of
+from cogview.weight_files import read_weights
 
 NORM_GROUPS = 32  # the same in every release; it leaves no trace in the shapes
 CODEBOOK_NAME = "quantize.embedding.weight"
@@ -28,14 +28,12 @@ def load_taming(path: Path, *, sha256: str = "", unsafe_pickle: bool = False) ->
 
     sha256: what the file's must be, if given; unsafe_pickle: see `read_weight_file`.
     """
-    if sha256:
-        require_sha256(path, sha256)
-    return from_taming(state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path))
+    return from_taming(read_weights(path, sha256=sha256, unsafe_pickle=unsafe_pickle))
 
 
-def is_taming(path: Path, *, unsafe_pickle: bool = False) -> bool:
-    """Whether a weight file has the codebook of a VQGAN. CheckpointError for a file that cannot be read."""
-    return CODEBOOK_NAME in state_of(read_weight_file(path, unsafe_pickle=unsafe_pickle), path=path)
+def is_taming(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the codebook of a VQGAN."""
+    return CODEBOOK_NAME in weights
 
 
 def from_taming(weights: Mapping[str, Tensor]) -> VQGANTokenizer:

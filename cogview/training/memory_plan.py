@@ -17,7 +17,7 @@ small beside these (batch, masks, indices) and what is not ours (`RESERVE`).
 from dataclasses import dataclass, replace
 from functools import cache
 
-from cogview.models.attention import SHORT_ROW
+from cogview.models.attention import is_written_out
 from cogview.models.gpt import GPTConfig, count_parameters
 from cogview.training.cross_entropy import LOGITS_BYTES, chunk_tokens
 from cogview.training.precision import DTYPES, Precision
@@ -152,8 +152,10 @@ def _dropout_mask(config: GPTConfig, step: StepShape) -> int:
 
 def _keeps_scores(config: GPTConfig, step: StepShape) -> bool:
     """Whether attention is written out: by the config, or for rows that are short enough for it on a CPU."""
-    is_small = step.length <= SHORT_ROW and not step.is_cuda and step.precision == "fp32" and not config.dropout
-    return config.attention in ("pb_relax", "plain") or (config.attention == "fused" and is_small)
+    is_short = is_written_out(
+        step.length, is_cpu=not step.is_cuda, dtype=DTYPES[step.precision], dropout=config.dropout
+    )
+    return config.attention in ("pb_relax", "plain") or (config.attention == "fused" and is_short)
 
 
 def _scores(config: GPTConfig, step: StepShape) -> int:
