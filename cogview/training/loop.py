@@ -8,12 +8,15 @@ so that the number of workers does not change what is minimised.
 A step whose loss or gradient is not finite on any worker is skipped by all of them. It uses up its batch and counts
 towards `num_steps`, so that the data position stays the step's number, but neither the optimizer nor the learning rate
 advances: a run with k skipped steps ends k steps before the end of its schedule.
+
+A worker whose rows do not fit into its memory takes them `micro_batch_size` at a time and adds up the gradients. A run
+is asked to stop by a file named `stop` in its output: all workers finish the step, write a checkpoint and return.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,12 +47,14 @@ from cogview.training.precision import MasterWeights, Precision, check_precision
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+STOP_NAME = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """num_steps optimizer steps of global_batch_size rows each; the other fields say how often what happens.
 
+    micro_batch_size: rows that a worker takes through the model at once, 0 for all of its share of the global batch.
     precision: of parameters, activations and gradients; the optimizer's weights are fp32 always. loss_scale: of fp16.
     ema_decay: above 0, the average of the weights with this decay is what is validated and published.
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
@@ -58,6 +63,7 @@ class LoopConfig:
 
     num_steps: int
     global_batch_size: int
+    micro_batch_size: int = field(default=0, metadata={"role": "runtime"})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
     precision: Precision = "fp32"
@@ -74,6 +80,8 @@ class LoopConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
         check_precision(self.precision)
+        if self.micro_batch_size < 0:
+            raise ConfigError(f"micro_batch_size={self.micro_batch_size}: choose 1 or more, or 0 for all rows at once")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}: choose 0 for none, or a number below 1 such as 0.999")
 
@@ -106,6 +114,11 @@ class WeightedBatch:
     tensors: Mapping[str, Tensor]
     weight: float
 
+    def pieces(self, size: int) -> list[dict[str, Tensor]]:
+        """The tensors, `size` rows at a time; 0 for all at once."""
+        split = {name: torch.split(tensor, size or len(tensor)) for name, tensor in self.tensors.items()}
+        return [dict(zip(split, piece, strict=True)) for piece in zip(*split.values(), strict=True)]
+
 
 class Task(Protocol):
     """What is trained. `module(**batch.tensors)` returns a StepLoss."""
@@ -119,21 +132,26 @@ class Task(Protocol):
     def publish(self, output: Path) -> None: ...
 
 
-def train(task: Task, *, config: LoopConfig, output: Path, identity: Mapping[str, Any], ranks: Ranks) -> None:
+def train(task: Task, *, config: LoopConfig, output: Path, identity: Mapping[str, Any], ranks: Ranks) -> bool:
     """Train to `num_steps`, from the newest verified checkpoint in `output` if there is one, then publish the weights.
 
-    Writes `checkpoints/`, `metrics.jsonl` (rank 0: one line for each logged step) and what `task.publish` writes.
-    identity: what a checkpoint must agree with. Raises DivergedError, CheckpointError, StorageError.
+    Returns False where it was asked to stop before. Writes `checkpoints/`, `metrics.jsonl` (rank 0: one line for each
+    logged step) and what `task.publish` writes. identity: what a checkpoint must agree with. Raises DivergedError,
+    CheckpointError, StorageError.
     """
     loop = _Loop(task, config=config, output=output, identity=identity, ranks=ranks)
     for step in range(loop.first_step, config.num_steps):
-        loop.step(step)
+        is_stopped = loop.step(step)
         done = step + 1
+        if is_stopped and done < config.num_steps:
+            loop.save(done)
+            return False
         if done % config.validate_every == 0 or done == config.num_steps:
             loop.validate(done)
         if done % config.checkpoint_every == 0 or done == config.num_steps:
             loop.save(done)
     loop.publish()
+    return True
 
 
 class _Loop:
@@ -164,29 +182,32 @@ class _Loop:
         self.sums: dict[str, Tensor] = {}
         self.tokens_started, self.started = self.first_step, time.monotonic()
 
-    def step(self, step: int) -> None:
-        """One step; a loss or gradient that is not finite on any worker makes all of them skip it."""
+    def step(self, step: int) -> bool:
+        """One step; a loss or gradient that is not finite on any worker makes all of them skip it.
+
+        Returns whether any worker was asked to stop.
+        """
         rate = learning_rate_at(step - self.skipped, num_steps=self.config.num_steps, config=self.config.optimizer)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         batch = self.task.batch(step, self.ranks)
         weight = self._sum_over_ranks(torch.tensor(batch.weight, dtype=torch.float64)).item()
         self.task.module.train()
         self.weights.zero_gradients()
-        result: StepLoss = self.model(**{name: tensor.to(self.ranks.device) for name, tensor in batch.tensors.items()})
         # DDP averages gradients over workers, the loss is a sum over all of them: hence the factor `world`.
-        (result.loss_sum * (self.ranks.world / weight * scale)).backward()  # type: ignore[no-untyped-call]
+        loss_sum = self._add_gradients(batch, factor=self.ranks.world / weight * scale)
         self.weights.take_gradients(loss_scale=scale)
         norm = self.weights.clip_gradients(self.config.optimizer.clip_norm)
         # Counted over the workers, so that all of them decide alike.
-        not_finite = ~torch.isfinite(torch.stack([result.loss_sum.detach().float(), norm]))
-        bad_losses, bad_norms = self._sum_over_ranks(not_finite.double()).tolist()
+        not_finite = ~torch.isfinite(torch.stack([loss_sum, norm]))
+        is_asked = torch.tensor([(self.output / STOP_NAME).exists()], device=not_finite.device)
+        bad_losses, bad_norms, stops = self._sum_over_ranks(torch.cat([not_finite, is_asked]).double()).tolist()
         if bad_losses or bad_norms:
             self._skip(step, is_overflow=not bad_losses)
         else:
             self._advance(rate)
-        self._collect(result.reports)
         if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.num_steps:
             self._log(step + 1, rate=rate, norm=norm.item())
+        return bool(stops)
 
     def validate(self, done: int) -> None:
         """Let rank 0 score the held-out rows while the others wait."""
@@ -231,6 +252,24 @@ class _Loop:
         self.first_step, self.skipped = checkpoint.step, int(state["skipped"])
         self.bad_steps = int(state["bad_steps"])
         logger.info("rank %d goes on from %s", self.ranks.rank, checkpoint.folder)
+
+    def _add_gradients(self, batch: WeightedBatch, *, factor: float) -> Tensor:
+        """Forward and backward of the losses' sum times `factor`, some rows at a time. Returns the sum itself."""
+        total = torch.zeros((), device=self.ranks.device)
+        pieces = batch.pieces(self.config.micro_batch_size)
+        for number, tensors in enumerate(pieces, start=1):
+            with self._without_exchange() if number < len(pieces) else nullcontext():
+                result: StepLoss = self.model(**{name: tensor.to(total.device) for name, tensor in tensors.items()})
+                (result.loss_sum * factor).backward()  # type: ignore[no-untyped-call]
+            total += result.loss_sum.detach().float()
+            self._collect(result.reports)
+        return total
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Gradients stay on this worker while the body runs."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()  # type: ignore[no-any-return]
+        return nullcontext()
 
     def _shared_model(self) -> nn.Module:
         """The module as all workers train it: their gradients are averaged, in fp32."""

@@ -31,8 +31,9 @@ def plan_lines(
 
     Raises ConfigError, once everything is told, if the model does not fit.
     """
+    share = math.ceil(loop.global_batch_size / num_workers)
     step = StepShape(
-        rows=math.ceil(loop.global_batch_size / num_workers),
+        rows=min(loop.micro_batch_size or share, share),
         length=length,
         precision=loop.precision,
         num_workers=num_workers,
@@ -49,12 +50,12 @@ def plan_lines(
     if gpu_memory is not None and not plan.fits(round(gpu_memory * GIB)):
         raise ConfigError(
             f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose a smaller "
-            "model, more workers, --loop.precision bf16 or --model.activation-checkpointing"
+            "model or --loop.micro-batch-size, more workers, --loop.precision bf16 or --model.activation-checkpointing"
         )
 
 
 def _memory_table(models: Mapping[str, GPTConfig], step: StepShape) -> Iterator[str]:
-    yield f"GiB on one worker: {step.rows:,} rows a step, {step.precision}"
+    yield f"GiB on one worker: {step.rows:,} rows at once, {step.precision}"
     heads = "".join(f"{name:>12}" for name in COLUMNS)
     yield f"{'size':<10}{'parameters':>15}{heads}" + "".join(f"{f'over {shards}':>10}" for shards in SHARDS)
     for name, model in models.items():

@@ -2,14 +2,17 @@
 
 The driver passes a function that builds the task; each worker builds it, joins the process group and runs the loop of
 `cogview.training.loop`, which resumes from the newest verified checkpoint. A worker that dies takes its group down,
-Ray starts the group again, and the loop goes on from there. Workers know nothing of MLflow: rank 0 appends to
-`metrics.jsonl`, and the driver follows that file for the display and the tracker.
+Ray starts the group again, and the loop goes on from there. Whoever interrupts the driver (Ctrl-C, or the `kill` of a
+batch system, or of a machine that is taken away) lets the workers finish their step and write a checkpoint. Workers
+know nothing of MLflow: rank 0 appends to `metrics.jsonl`, and the driver follows that file for the display and the
+tracker.
 """
 
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from PIL import Image
 
 import cogview.errors
 from cogview.errors import CogViewError
-from cogview.training.loop import METRICS_NAME, LoopConfig, Ranks, Task, train
+from cogview.training.loop import METRICS_NAME, STOP_NAME, LoopConfig, Ranks, Task, train
 from pipelines.runtime.cluster import ensure_ray, usable_cpus
 from pipelines.runtime.jobs import JobRun
 
@@ -46,12 +49,16 @@ class TrainingJob:
 
 
 def train_on_ray(job: TrainingJob, *, run: JobRun) -> dict[str, float]:
-    """Train to the end, following the metrics; returns the last logged values. Raises what stopped a worker."""
+    """Train to the end, following the metrics; returns the last logged values.
+
+    Raises what stopped a worker, and KeyboardInterrupt once an interrupted run has written its checkpoint.
+    """
     ensure_ray()
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    for stale in (job.output / FAILURE_NAME, job.output / RAY_FOLDER):
+    stop = job.output / STOP_NAME
+    for stale in (job.output / FAILURE_NAME, job.output / RAY_FOLDER, stop):
         _remove(stale)
     trainer = TorchTrainer(
         _work,
@@ -65,10 +72,31 @@ def train_on_ray(job: TrainingJob, *, run: JobRun) -> dict[str, float]:
         ),
     )
     with following(job.output / METRICS_NAME, num_steps=job.loop.num_steps, run=run) as last:
-        trainer.fit()
+        _fit(trainer.fit, on_interrupt=lambda: _ask_to_stop(stop, run=run))
     _raise_failure(job.output / FAILURE_NAME)
     _remove(job.output / RAY_FOLDER)
+    if stop.exists():
+        _remove(stop)
+        raise KeyboardInterrupt
     return last
+
+
+def _fit(fit: Callable[[], object], *, on_interrupt: Callable[[], None]) -> None:
+    """Run Ray's `fit`, which would abort the workers at the first interrupt if it ran in the main thread."""
+    executor = ThreadPoolExecutor(1)
+    done = executor.submit(fit)
+    executor.shutdown(wait=False)
+    try:
+        done.result()
+    except KeyboardInterrupt:
+        on_interrupt()
+        done.result()
+
+
+def _ask_to_stop(stop: Path, *, run: JobRun) -> None:
+    stop.parent.mkdir(parents=True, exist_ok=True)
+    stop.touch()
+    run.say("interrupted: the workers finish their step and write a checkpoint; once more ends them at once")
 
 
 @contextmanager
@@ -97,7 +125,10 @@ def _work(settings: Mapping[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
     ranks = Ranks(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
     try:
-        train(job.build(job.config, ranks), config=job.loop, output=job.output, identity=job.identity, ranks=ranks)
+        task = job.build(job.config, ranks)
+        is_done = train(task, config=job.loop, output=job.output, identity=job.identity, ranks=ranks)
+        if is_done and ranks.rank == 0:
+            _remove(job.output / STOP_NAME)  # asked for in the last step
     except CogViewError as error:  # trying again would end the same way: tell the driver instead of Ray
         failure = {"error": type(error).__name__, "message": str(error)}
         (job.output / FAILURE_NAME).write_text(json.dumps(failure))

@@ -154,6 +154,11 @@ class TokenizerTask:
 
     def __init__(self, settings: TaskSettings, ranks: Ranks, *, score: Score) -> None:
         loop = settings.loop
+        if loop.micro_batch_size:
+            raise ConfigError(
+                f"micro_batch_size={loop.micro_batch_size}: a codebook learns from whole batches; "
+                "choose a smaller global_batch_size or more workers"
+            )
         torch.manual_seed(loop.seed)
         objective = build_objective(settings.model)
         self.tokenizer = tokenizer_of(objective)

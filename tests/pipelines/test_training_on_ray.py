@@ -14,7 +14,8 @@ import pytest
 from cogview.errors import DivergedError, VocabularyError
 from cogview.models.gpt import GPTConfig
 from cogview.models.published import load_model
-from cogview.training.loop import LoopConfig
+from cogview.training.checkpoints import read_checkpoint
+from cogview.training.loop import STOP_NAME, LoopConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines import pretrain
 from pipelines.runtime.display import PlainDisplay
@@ -65,6 +66,20 @@ def test_a_killed_worker_changes_no_loss(config: pretrain.Config, run_root: Path
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(
+    config: pretrain.Config, run_root: Path, quiet_display: PlainDisplay
+) -> None:
+    endless = replace(config, loop=replace(config.loop, num_steps=100_000, checkpoint_every=100_000))
+    threading.Thread(target=_interrupt, args=(run_root,), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_job(pretrain.JOB, endless, root=run_root, display=quiet_display)
+    (output,) = run_root.glob("pretrain/*")
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    assert read_checkpoint(checkpoint).step == max(_losses(output)) >= KILL_AT
+    assert not (output / STOP_NAME).exists()
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_diverged_run_ends_with_its_reason_and_is_not_tried_again(
     config: pretrain.Config, run_root: Path, quiet_display: PlainDisplay
 ) -> None:
@@ -84,17 +99,28 @@ def test_tokens_of_another_tokenizer_are_refused_before_ray_starts(
 
 
 def _kill_a_worker(root: Path, killed: list[int]) -> None:
-    """kill -9 the second training worker once the run has logged `KILL_AT` steps."""
+    """kill -9 the second training worker once the run is on its way."""
+    if _is_on_its_way(root):
+        workers = [process for process in psutil.process_iter() if _is_training_worker(process)]
+        victim = max(worker.pid for worker in workers)
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+
+def _interrupt(root: Path) -> None:
+    """Ctrl-C in this process once the run is on its way."""
+    if _is_on_its_way(root):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_on_its_way(root: Path) -> bool:
+    """Wait until a run has logged `KILL_AT` steps; False if it never does."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        for metrics in root.glob("pretrain/*/metrics.jsonl"):
-            if metrics.read_bytes().count(b"\n") >= KILL_AT:
-                workers = [process for process in psutil.process_iter() if _is_training_worker(process)]
-                victim = max(worker.pid for worker in workers)
-                os.kill(victim, signal.SIGKILL)
-                killed.append(victim)
-                return
+        if any(metrics.read_bytes().count(b"\n") >= KILL_AT for metrics in root.glob("pretrain/*/metrics.jsonl")):
+            return True
         time.sleep(0.01)
+    return False
 
 
 def _is_training_worker(process: psutil.Process) -> bool:

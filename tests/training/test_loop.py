@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogview.errors import CheckpointError, ConfigError, DivergedError
-from cogview.training.loop import LoopConfig, Ranks, StepLoss, WeightedBatch, train
+from cogview.training.loop import STOP_NAME, LoopConfig, Ranks, StepLoss, WeightedBatch, train
 from cogview.training.optimization import OptimizerConfig
 
 CONFIG = LoopConfig(
@@ -44,15 +44,24 @@ class Regression(nn.Module):
 class RegressionTask:
     """Rows by step: row r of step s is drawn from the seed (s, r), whoever computes it."""
 
-    def __init__(self, *, stop_before: int = 10**9, poison_from: int = 10**9, dropout: float = 0.3) -> None:
+    def __init__(
+        self,
+        *,
+        stop_before: int = 10**9,
+        poison_from: int = 10**9,
+        dropout: float = 0.3,
+        ask_to_stop_at: tuple[int, Path] | None = None,
+    ) -> None:
         torch.manual_seed(0)
         self.module: nn.Module = Regression()
         self.module.layers[1].p = dropout
-        self.stop_before, self.poison_from = stop_before, poison_from
+        self.stop_before, self.poison_from, self.ask_to_stop_at = stop_before, poison_from, ask_to_stop_at
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         if step == self.stop_before:
             raise KeyboardInterrupt
+        if self.ask_to_stop_at and step == self.ask_to_stop_at[0]:
+            self.ask_to_stop_at[1].touch()
         generator = torch.Generator().manual_seed(step)
         inputs = torch.randn(CONFIG.global_batch_size, 6, generator=generator)
         wanted = inputs.sum(dim=1) * (float("nan") if step >= self.poison_from else 1.0)
@@ -159,6 +168,31 @@ def test_a_run_of_two_workers_can_go_on_with_one(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "2" / "checkpoints" / "step_00000012")
     train(RegressionTask(dropout=0.0), config=CONFIG, output=tmp_path / "2", identity=IDENTITY, ranks=Ranks())
     assert losses(tmp_path / "2")[12] == pytest.approx(losses(tmp_path / "1")[12], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_rows_taken_some_at_a_time_give_the_same_losses(tmp_path: Path, size: int) -> None:
+    run(tmp_path / "whole", RegressionTask(dropout=0.0))
+    run(tmp_path / "pieces", RegressionTask(dropout=0.0), replace(CONFIG, micro_batch_size=size))
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_no_more_rows_than_asked_for_go_through_the_model_at_once(tmp_path: Path) -> None:
+    task, seen = RegressionTask(), []
+    task.module.register_forward_pre_hook(lambda _, __, named: seen.append(len(named["inputs"])), with_kwargs=True)
+    run(tmp_path, task, replace(CONFIG, micro_batch_size=3))
+    assert seen == [3, 3, 2] * CONFIG.num_steps
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_with_identical_losses(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    task = RegressionTask(ask_to_stop_at=(6, tmp_path / "stopped" / STOP_NAME))
+    assert not train(task, config=CONFIG, output=tmp_path / "stopped", identity=IDENTITY, ranks=Ranks())
+    assert sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())[-1] == "step_00000007"
+    assert not (tmp_path / "stopped" / "published.pt").exists()
+    (tmp_path / "stopped" / STOP_NAME).unlink()
+    run(tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
