@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not used: every file's sha256 stands in a manifest that is written last.
 
 A checkpoint is a folder `step_00001000/` with `state.pt` (weights, optimizer, step), one `rank_0000.pt` for each worker
-(its random state), and `manifest.json`. Files are read only after their sha256 is checked, and only as plain tensors.
+(its random state), and `manifest.json`; with sharded weights the workers' shares stand beside them. Files are read only
+after their sha256 is checked, and as plain tensors, but for torch's own index of the shares.
 """
 
 import logging
@@ -44,6 +45,11 @@ def pending_folder(root: Path, step: int) -> Path:
     return root / f".step_{step:08d}.pending"
 
 
+def discard_pending(root: Path, step: int) -> None:
+    """Remove what a killed run left of this checkpoint, perhaps with more workers than there are now."""
+    shutil.rmtree(pending_folder(root, step), ignore_errors=True)
+
+
 def write_part(root: Path, step: int, name: str, state: Mapping[str, Any]) -> None:
     """Write one file of a pending checkpoint, synced."""
     with atomic_file(pending_folder(root, step) / name) as file:
@@ -53,7 +59,7 @@ def write_part(root: Path, step: int, name: str, state: Mapping[str, Any]) -> No
 def publish(root: Path, step: int, *, identity: Mapping[str, Any], keep: int) -> Path:
     """Close a pending checkpoint with its manifest, give it its name, and remove all but the `keep` newest."""
     pending, final = pending_folder(root, step), checkpoint_folder(root, step)
-    files = {path.name: file_record(path) for path in sorted(pending.glob("*.pt"))}
+    files = {path.name: file_record(path) for path in sorted(pending.iterdir())}
     write_json(pending / MANIFEST_NAME, {"step": step, "identity": dict(identity), "files": files})
     if final.exists():
         shutil.rmtree(final)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,9 @@ from cogview.training.averaging import AveragedWeights
 from cogview.training.checkpoints import (
     STATE_NAME,
     Checkpoint,
+    discard_pending,
     latest_checkpoint,
+    pending_folder,
     publish,
     random_states,
     set_random_states,
@@ -44,10 +46,14 @@ from cogview.training.metrics_file import MetricsFile
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import MasterWeights, Precision, check_precision, reduce_in_fp32
 
+if TYPE_CHECKING:
+    from cogview.training.sharding import ShardedWeights
+
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 STOP_NAME = "stop"
+Sharding = Literal["none", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,7 @@ class LoopConfig:
     """num_steps optimizer steps of global_batch_size rows each; the other fields say how often what happens.
 
     micro_batch_size: rows that a worker takes through the model at once, 0 for all of its share of the global batch.
+    sharding: "none", every worker holds the whole model (DDP); "full", its share of it (FSDP2, GPTs only).
     precision: of parameters, activations and gradients; the optimizer's weights are fp32 always. loss_scale: of fp16.
     ema_decay: above 0, the average of the weights with this decay is what is validated and published.
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
@@ -65,6 +72,7 @@ class LoopConfig:
     global_batch_size: int
     micro_batch_size: int = field(default=0, metadata={"role": "runtime"})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sharding: Sharding = field(default="none", metadata={"role": "runtime"})
     seed: int = 1
     precision: Precision = "fp32"
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
@@ -82,6 +90,10 @@ class LoopConfig:
         check_precision(self.precision)
         if self.micro_batch_size < 0:
             raise ConfigError(f"micro_batch_size={self.micro_batch_size}: choose 1 or more, or 0 for all rows at once")
+        if self.sharding not in get_args(Sharding):
+            raise ConfigError(f"sharding={self.sharding!r}: choose {', '.join(get_args(Sharding))}")
+        if self.sharding != "none" and self.ema_decay:
+            raise ConfigError(f"ema_decay={self.ema_decay}: an average of sharded weights is not kept; choose 0")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}: choose 0 for none, or a number below 1 such as 0.999")
 
@@ -169,7 +181,7 @@ class _Loop:
         self.identity = dict(identity)
         torch.manual_seed(config.seed * 1000 + ranks.rank)
         task.module.to(ranks.device)
-        self.weights = MasterWeights(task.module, config=config.optimizer, precision=config.precision)
+        self.weights = self._spread_weights()
         self.loss_scale = LossScale(config.loss_scale) if config.precision == "fp16" else None
         is_averaging = config.ema_decay > 0 and ranks.rank == 0  # the one that validates and publishes
         self.average = AveragedWeights(self.weights.named(), decay=config.ema_decay) if is_averaging else None
@@ -210,29 +222,41 @@ class _Loop:
         return bool(stops)
 
     def validate(self, done: int) -> None:
-        """Let rank 0 score the held-out rows while the others wait."""
-        if self.metrics is not None:
+        """Let rank 0 score the held-out rows while the others wait, or, with a share of the weights each, help."""
+        if self.metrics is not None or not isinstance(self.weights, MasterWeights):
             self.task.module.eval()
             with torch.no_grad(), self._averaged():
-                self.metrics.write({"step": done, **self.task.validate(done)})
+                scores = self.task.validate(done)
+            if self.metrics is not None:
+                self.metrics.write({"step": done, **scores})
+        if not isinstance(self.weights, MasterWeights):
+            self.weights.gather_no_more()
         self._barrier()
 
     def publish(self) -> None:
         """Let rank 0 publish the weights in fp32."""
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 or not isinstance(self.weights, MasterWeights):
             self.weights.restore_fp32()
+        if self.ranks.rank == 0:
             with self._averaged():
                 self.task.publish(self.output)
 
     def save(self, done: int) -> None:
         """Write a checkpoint: every rank its random state, rank 0 the rest and, when all are there, the manifest."""
         root = self.output / CHECKPOINTS_NAME
+        if self.ranks.rank == 0:
+            discard_pending(root, done)
+        self._barrier()
         write_part(root, done, f"rank_{self.ranks.rank:04d}.pt", random_states(self.ranks.device))
         if self.ranks.rank == 0:
-            state = {**self.weights.state_dict(), "step": done, "skipped": self.skipped, "bad_steps": self.bad_steps}
+            state: dict[str, Any] = {"step": done, "skipped": self.skipped, "bad_steps": self.bad_steps}
+            if isinstance(self.weights, MasterWeights):
+                state |= self.weights.state_dict()
             for name, part in self._optional_parts().items():
                 state[name] = part.state_dict()
             write_part(root, done, STATE_NAME, state)
+        if not isinstance(self.weights, MasterWeights):
+            self.weights.write(pending_folder(root, done))
         self._barrier()
         if self.ranks.rank == 0:
             publish(root, done, identity=self.identity, keep=self.config.keep_checkpoints)
@@ -240,8 +264,14 @@ class _Loop:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.load(STATE_NAME)
+        if ("model" in state) != isinstance(self.weights, MasterWeights):
+            other = "none" if "model" in state else "full"
+            raise CheckpointError(f"{checkpoint.folder} was written with sharding={other!r}; go on with that")
         try:
-            self.weights.load_state_dict(state)
+            if isinstance(self.weights, MasterWeights):
+                self.weights.load_state_dict(state)
+            else:
+                self.weights.read(checkpoint.folder)
             for name, part in self._optional_parts().items():
                 part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -252,6 +282,14 @@ class _Loop:
         self.first_step, self.skipped = checkpoint.step, int(state["skipped"])
         self.bad_steps = int(state["bad_steps"])
         logger.info("rank %d goes on from %s", self.ranks.rank, checkpoint.folder)
+
+    def _spread_weights(self) -> "MasterWeights | ShardedWeights":
+        module, optimizer, precision = self.task.module, self.config.optimizer, self.config.precision
+        if self.config.sharding == "none":
+            return MasterWeights(module, config=optimizer, precision=precision)
+        from cogview.training.sharding import ShardedWeights  # takes half as long to import as torch itself
+
+        return ShardedWeights(module, config=optimizer, precision=precision, device=self.ranks.device)
 
     def _add_gradients(self, batch: WeightedBatch, *, factor: float) -> Tensor:
         """Forward and backward of the losses' sum times `factor`, some rows at a time. Returns the sum itself."""
@@ -273,7 +311,7 @@ class _Loop:
 
     def _shared_model(self) -> nn.Module:
         """The module as all workers train it: their gradients are averaged, in fp32."""
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or not isinstance(self.weights, MasterWeights):
             return self.task.module
         model = DistributedDataParallel(self.task.module, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.config.precision != "fp32":
