@@ -1,0 +1,155 @@
+"""A GPT spread over two workers (FSDP2) beside one worker that holds all of it: the same losses, half the memory.
+
+Command: make verify NAME=fsdp [ARGS="--steps 50"]
+One worker trains alone with plain weights, one alone with sharded weights, and two together with half of the weights,
+gradients and moments each; all from the same seed on the same rows, in fp32. Memory is the peak of a worker's resident
+set over the steps after the first, less what it had before the model was built; building the model, a checkpoint and
+the published weights take more for a moment. Linux only.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.harness import Bar, Figures, argument_parser, say, verify
+from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.training.language_model import LanguageModelLoss
+from cogview.training.loop import LoopConfig, Ranks, Sharding, WeightedBatch, train
+from cogview.training.optimization import OptimizerConfig
+
+LENGTH, ROWS, IDS = 64, 4, 1000
+MODEL = GPTConfig(vocab_size=IDS, max_positions=LENGTH, num_layers=12, hidden_size=512, num_heads=8, dropout=0.0)
+BARS = (
+    Bar(figure="loss/largest_relative_difference", op="<=", value=1e-5),
+    Bar(figure="memory/share_of_one_worker", op="<", value=0.75),
+)
+ARMS: dict[str, tuple[Sharding, int]] = {
+    "one worker": ("none", 1),
+    "one worker, sharded": ("full", 1),
+    "two workers": ("full", 2),
+}
+
+
+class Counting:
+    """Rows that count upwards from a number that the step's seed draws. peak: MiB at most, over steps but the first."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module: nn.Module = LanguageModelLoss(GPT(MODEL))
+        self.peak = 0.0
+
+    def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
+        """This worker's rows of a step."""
+        if step == 1:
+            forget_peak()
+        self.peak = peak_mib()
+        first = torch.randint(IDS, (ROWS, 1), generator=torch.Generator().manual_seed(step))
+        ids = torch.chunk((first + torch.arange(LENGTH + 1)) % IDS, ranks.world)[ranks.rank]
+        positions = torch.arange(LENGTH).expand(len(ids), -1)
+        tensors = {"ids": ids[:, :-1], "positions": positions, "labels": ids[:, 1:]}
+        tensors |= {"loss_weights": torch.ones(len(ids), LENGTH), "image_part": positions >= LENGTH // 2}
+        return WeightedBatch(tensors, float(len(ids) * LENGTH))
+
+    def validate(self, step: int) -> Mapping[str, Any]:
+        """Nothing is held out."""
+        return {}
+
+    def publish(self, output: Path) -> None:
+        """What was learned is of no use."""
+
+
+def measure(*, steps: int) -> Figures:
+    """Train in every way; compare losses with those of one worker with plain weights."""
+    figures: dict[str, float | int | str] = {"steps": steps, "parameters": count_parameters(MODEL)}
+    losses, highest = {}, {}
+    for name, (sharding, world) in ARMS.items():
+        with tempfile.TemporaryDirectory(prefix="cogview-fsdp-") as folder:
+            peaks = run_workers(Path(folder), sharding=sharding, world=world, steps=steps)
+            losses[name] = read_losses(Path(folder))
+        highest[name] = max(peaks)
+        figures |= {f"memory/{name}/worker {rank} MiB": peak for rank, peak in enumerate(peaks)}
+        say(f"{name}: last loss {losses[name][steps]:.5f}, peaks {', '.join(f'{peak:.0f} MiB' for peak in peaks)}")
+    alone = losses["one worker"]
+    for name in list(ARMS)[1:]:
+        differences = [abs(losses[name][step] - loss) / loss for step, loss in alone.items()]
+        figures[f"loss/{name}/largest_relative_difference"] = max(differences)
+    found = [value for key, value in figures.items() if key.startswith("loss/") and isinstance(value, float)]
+    share = highest["two workers"] / highest["one worker"]
+    return {"loss/largest_relative_difference": max(found), "memory/share_of_one_worker": share, **figures}
+
+
+def run_workers(output: Path, *, sharding: Sharding, world: int, steps: int) -> list[float]:
+    """MiB that each worker took at its peak."""
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=work, args=(rank, world, sharding, steps, output), daemon=True) for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError(f"a worker ended with exit code {worker.exitcode}")
+    return [json.loads((output / f"peak_{rank}.json").read_text()) for rank in range(world)]
+
+
+def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) -> None:
+    """One worker, from the process group to its peak of memory."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{output}/meeting", rank=rank, world_size=world)
+    if sharding == "full":
+        import cogview.training.sharding  # noqa: F401  # its import is not what is measured
+    forget_peak()
+    before = peak_mib()
+    loop = LoopConfig(
+        num_steps=steps,
+        global_batch_size=ROWS,
+        optimizer=OptimizerConfig(),
+        sharding=sharding,
+        log_every=1,
+        validate_every=steps,
+        checkpoint_every=steps,
+    )
+    task = Counting()
+    train(task, config=loop, output=output, identity={}, ranks=Ranks(rank, world))
+    (output / f"peak_{rank}.json").write_text(json.dumps(task.peak - before))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def forget_peak() -> None:
+    """Let the peak of this process begin anew, at what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """The largest resident set of this process since the peak was forgotten."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def read_losses(output: Path) -> dict[int, float]:
+    """Loss by step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=50, help="steps of each training (default: 50)")
+    flags = parser.parse_args()
+    return verify("fsdp", lambda: measure(steps=flags.steps), bars=BARS, save=flags.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
