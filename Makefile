@@ -25,14 +25,17 @@ quoted = '$(subst ','\'',$(value $(1)))'
 
 # What is missing is said before anything is set up.
 ifneq ($(filter generate,$(MAKECMDGOALS)),)
-  $(if $(value PROMPT),,$(error say what to draw: make generate PROMPT="a large red circle on a blue background"))
+  $(if $(value PROMPT)$(value PROMPTS),,$(error say what to draw: make generate PROMPT="a large red circle on a blue background"))
+endif
+ifneq ($(filter caption,$(MAKECMDGOALS)),)
+  $(if $(value IMAGES),,$(error say which pictures: make caption IMAGES=/folder))
 endif
 ifneq ($(filter verify,$(MAKECMDGOALS)),)
   $(if $(filter $(NAME),$(BENCHMARKS)),,$(error NAME=$(NAME) is none of: $(BENCHMARKS)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,8 +46,16 @@ pretrain: $(READY) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTI
 	@$(BIN)/python -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(ARGS)
 
-generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" [ARGS="..."]
-	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) --prompt $(call quoted,PROMPT) $(ARGS)
+generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [ARGS="..."]
+	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) \
+	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value PROMPTS),--prompts-file $(call quoted,PROMPTS)) \
+	    $(if $(value BEST),--best --candidates $(call quoted,BEST)) $(ARGS)
+
+finetune-captioning: $(READY) ## Teach the model trained last to write captions, and to rank its pictures [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_captioning $(call quoted,PRESET) $(ARGS)
+
+caption: $(READY) ## Write captions in English and Chinese: IMAGES=/folder, a picture or the output of generate [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines caption $(call quoted,PRESET) --images $(call quoted,IMAGES) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \

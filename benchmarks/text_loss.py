@@ -25,7 +25,8 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import held_out_prompts
 from cogview.shards.manifest import read_json
 from cogview.training.loop import Ranks, train
-from pipelines.pretrain import PRESETS, Inputs, PretrainTask, TaskSettings
+from pipelines.pretrain import PRESETS, TaskSettings, build_task
+from pipelines.tasks.language_model import Inputs, LanguageModelTask
 
 WEIGHTS = (0.5, 0.0)
 BATCH = 50
@@ -64,19 +65,19 @@ def chain_inputs(root: Path) -> Inputs:
     return Inputs(**{name: outputs[job] for name, job in STAGES.items()})
 
 
-def train_task(inputs: Inputs, *, weight: float, steps: int) -> PretrainTask:
+def train_task(inputs: Inputs, *, weight: float, steps: int) -> LanguageModelTask:
     """The smoke preset's GPT after `steps` steps in this process."""
     smoke = PRESETS["smoke"]
     loop = replace(smoke.loop, num_steps=steps, validate_every=steps, checkpoint_every=steps)
     config = replace(smoke, **vars(inputs), text_loss_weight=weight, loop=loop)
     with tempfile.TemporaryDirectory(prefix="cogview-text-loss-") as folder:
         settings = TaskSettings(config=config, output=Path(folder), inputs=inputs)
-        task = PretrainTask(settings, Ranks())
+        task = build_task(settings, Ranks())
         train(task, config=loop, output=Path(folder), identity={}, ranks=Ranks())
     return task
 
 
-def read_back(task: PretrainTask, *, scenes: int) -> Mapping[str, Score]:
+def read_back(task: LanguageModelTask, *, scenes: int) -> Mapping[str, Score]:
     """Draw scenes with combinations that were held out, and score what the reader sees."""
     painter = TextToImage(
         model=task.gpt.eval(),
@@ -84,8 +85,8 @@ def read_back(task: PretrainTask, *, scenes: int) -> Mapping[str, Score]:
         image_tokenizer=task.parts.image_tokenizer,
         vocabulary=task.parts.vocabulary,
         grid=task.parts.train.grid,
-        length=task.length,
-        is_image_fixed=task.config.is_image_fixed,
+        length=task.config.sequence.length,
+        is_image_fixed=task.config.sequence.is_image_fixed,
     )
     prompts, judged = list(held_out_prompts(scenes, seed=1)), []
     for start in range(0, scenes, BATCH):

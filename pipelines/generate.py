@@ -1,16 +1,20 @@
-"""Draw pictures for captions with a trained model.
+"""Draw pictures for captions with a trained model, and keep the best of several candidates.
 
-Command: make generate PROMPT="a large red circle on a blue background"
-Reads:   the outputs of pretrain, train_text_tokenizer, train_image_tokenizer (and tokenize_pairs for held-out captions)
-Writes:  samples/000000.png ..., samples.parquet (prompt, seed, codes, checkpoint of each), grid.png, prompts.json
+Command: make generate PROMPT="a large red circle on a blue background" [BEST=8]
+Reads:   the outputs of pretrain, train_text_tokenizer, train_image_tokenizer (tokenize_pairs for held-out captions,
+         finetune_captioning for the best of several)
+Writes:  samples/000000.png ..., samples.parquet (prompt, seed, codes, CapLoss, rank, checkpoint of each), grid.png,
+         prompts.json; with a captioner best/000000.png for each prompt, and candidates/000000.png, all in order
 Time:    about 20 s for 200 pictures of 64 x 64 pixels on two cores
 """
 
 import hashlib
 import itertools
 import random
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,46 +22,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.attributes import scene_to_json
-from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
+from cogview.evaluation.grids import Tile, draw_sheet, drawable
+from cogview.evaluation.reranking import ranking
 from cogview.sampling.choice import SamplingConfig
-from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import Scene, captions, held_out_prompts
 from cogview.shards.manifest import atomic_file, write_json
 from cogview.shards.reader import TokenShards
-from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import Job, JobRun
+from pipelines.tasks.drawing import DrawShard, Order, Prompt, draw_orders, save_picture
 
-SAMPLES_FOLDER = "samples"
 SOURCES = {
     "checkpoint": "pretrain",
     "text_tokenizer": "train_text_tokenizer",
     "image_tokenizer": "train_image_tokenizer",
     "tokens": "tokenize_pairs",
 }
+STANDARD_INPUT = "-"
+MAX_SEED = 2**48  # exact in JSON and in any table
+BEST_FOLDER, ORDERED_FOLDER = "best", "candidates"
 GRID_TILES = 48
 CANDIDATES_SHOWN = 8
-SAMPLE_SCHEMA = pa.schema(
-    [
-        ("index", pa.int32()),
-        ("prompt_index", pa.int32()),
-        ("prompt", pa.string()),
-        ("latin_prompt", pa.string()),  # what stands under the picture where no font has the prompt's letters
-        ("kind", pa.string()),
-        ("language", pa.string()),
-        ("scene", pa.string()),  # what a right picture shows, as JSON; empty when that is not known
-        ("candidate", pa.int32()),
-        ("seed", pa.int64()),
-        ("codes", pa.list_(pa.uint16())),
-        ("path", pa.string()),
-        ("checkpoint", pa.string()),
-    ]
-)
+SHEETS = 48  # prompts whose candidates get a sheet of their own
+RANK = pa.field("rank", pa.int32())  # among the candidates of a prompt, 0 is the best; null without a captioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +57,28 @@ class Config:
     """What to draw, with what: given prompts (`prompt`, `prompts_file`) first, then scenes, then held-out captions.
 
     checkpoint, text_tokenizer, image_tokenizer: output folders; without them, those of the chain that ran last.
-    prompt: captions; prompts_file: a text file with a caption on every line; candidates: pictures of each given prompt.
+    prompt: captions; prompts_file: a text file with a caption on every line, or - for standard input.
+    candidates: pictures of each given prompt; seeds: theirs, to draw known pictures again (else from `seed`).
+    captioner: the output of finetune_captioning, which puts the candidates in the order of CapLoss; best: take the one
+    that was finetuned last. contrast: of the pictures that are written; the paper's evaluation takes 1.5.
     num_scenes: captions of the demo corpus that it never showed, one picture each, of which a share of two_shape_share
     asks for two shapes; num_validation_prompts: captions from the held-out rows of `tokens`.
     sampling, and scene_sampling for the scenes: a scene has few right pictures, other captions have many.
-    seed: of the whole run; each picture gets a seed of its own from it. batch_size, device, threads: the machine.
+    seed: of the whole run; each picture gets a seed of its own from it. batch_size, device, threads: the machine;
+    workers: on Ray, 1 for none (0: Ray from 2,000 pictures, one for each CPU); shard_size: pictures of a unit of work.
     """
 
     checkpoint: Path | None = input_field(default=None)
     text_tokenizer: Path | None = input_field(default=None)
     image_tokenizer: Path | None = input_field(default=None)
     tokens: Path | None = input_field(default=None)
+    captioner: Path | None = input_field(default=None)
     prompt: tuple[str, ...] = ()
     prompts_file: Path | None = input_field(default=None)
     candidates: int = 4
+    seeds: tuple[int, ...] = ()
+    best: bool = runtime_field(False)
+    contrast: float = 1.0
     num_scenes: int = 0
     two_shape_share: float = 0.2
     num_validation_prompts: int = 0
@@ -88,14 +88,20 @@ class Config:
     batch_size: int = runtime_field(8)
     device: str = runtime_field("cpu")
     threads: int = runtime_field(2)
+    workers: int = runtime_field(0)
+    shard_size: int = runtime_field(200)
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "batch_size", "threads"):
+        for name in ("candidates", "batch_size", "threads", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
-        for name in ("num_scenes", "num_validation_prompts", "seed"):
+        for name in ("num_scenes", "num_validation_prompts", "seed", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or more")
+        if not 0 < self.contrast <= 10:
+            raise ConfigError(f"contrast={self.contrast}: choose a factor above 0, up to 10; 1 changes nothing")
+        if any(not 0 <= seed < MAX_SEED for seed in self.seeds):
+            raise ConfigError(f"seeds={self.seeds}: a seed is 0 or more, and below 2**48")
 
 
 PAPER = Config(candidates=60, device="cuda", batch_size=12)  # 60 candidates for each caption, section 3.3
@@ -113,68 +119,72 @@ PRESETS: dict[str, Config] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A caption to draw, and where it comes from: `given`, `scene` or `validation`."""
-
-    text: str
-    kind: str
-    candidates: int = 1
-    language: str = ""
-    scene: Scene | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """One picture to draw. Its seed decides it, not what else is in the batch (but for the last bits of a sum)."""
-
-    prompt_index: int
-    prompt: Prompt
-    candidate: int
-    seed: int
-
-
 def main(config: Config, run: JobRun) -> None:
-    """Draw every picture that is asked for, then write the table and the sheet."""
-    torch.set_num_threads(config.threads)
-    painter = load_painter(config)
+    """Draw every picture that is asked for, then write the table and the sheets."""
     prompts = collect_prompts(config)
-    orders = list(place_orders(prompts, seed=config.seed))
+    orders = list(place_orders(prompts, seed=config.seed, seeds=config.seeds))
+    work = draw_shard(config, run=run)
+    work.load()  # what does not belong together is said before anything is drawn
     started = time.monotonic()
-    table = draw(orders, painter, config=config, run=run)
+    drawn = draw_orders(orders, work, shard_size=config.shard_size, workers=config.workers, run=run)
+    drawn = ranked(drawn)
+    run.scores["samples"] = len(drawn)
+    run.scores["seconds_per_sample"] = (time.monotonic() - started) / len(drawn)
     with atomic_file(run.output / "samples.parquet") as file:
-        pq.write_table(pa.Table.from_pylist(table, schema=SAMPLE_SCHEMA), file)
+        pq.write_table(drawn, file)
     write_json(run.output / "prompts.json", [prompt.text for prompt in prompts])
-    sheet = draw_grid(run.output, table)
-    _save_picture(sheet, run.output / "grid.png")
+    rows = drawn.drop_columns(["codes"]).to_pylist()
+    sheet = draw_grid(run.output, rows)
+    save_picture(sheet, run.output / "grid.png")
     run.tracker.log_image(sheet, "grid.png")
-    columns = ("prompt", "kind", "candidate", "seed", "path")
-    run.tracker.log_table([{key: row[key] for key in columns} for row in table], "samples.json")
-    run.scores["samples"] = len(table)
-    run.scores["seconds_per_sample"] = (time.monotonic() - started) / len(table)
-    run.say(f"{len(table)} pictures: {run.output / 'grid.png'}")
+    columns = ("prompt", "kind", "candidate", "seed", "cap_loss", "rank", "path")
+    run.tracker.log_table([{key: row[key] for key in columns} for row in rows], "samples.json")
+    if config.captioner is not None:
+        keep_best(run.output, rows)
+        best = [row["cap_loss"] for row in rows if row["rank"] == 0]
+        run.scores["cap_loss"] = sum(row["cap_loss"] for row in rows) / len(rows)
+        run.scores["cap_loss_of_best"] = sum(best) / len(best)
+        run.say(f"the best of each prompt: {run.output / BEST_FOLDER}; all in order: {run.output / ORDERED_FOLDER}")
+    run.say(f"{len(rows)} pictures: {run.output / 'grid.png'}")
 
 
 def resolve(config: Config, *, root: Path) -> Config:
     """Fill in the folders that are not given from the chain that ran last under `root` (`chain.json`).
 
-    Given prompts are then all that is drawn. ConfigError when no chain has trained a model yet.
+    Given prompts are then all that is drawn; those of standard input are read here. ConfigError when no chain has
+    trained a model yet.
     """
+    if config.prompts_file is not None and config.prompts_file.name == STANDARD_INPUT:
+        prompts = _lines(sys.stdin.read(), where="standard input")
+        config = replace(config, prompts_file=None, prompt=(*config.prompt, *prompts))
     if config.prompt or config.prompts_file:
         config = replace(config, num_scenes=0, num_validation_prompts=0)
+    if config.best and config.captioner is None:
+        config = replace(config, captioner=latest_output("finetune_captioning", flag="--captioner", root=root))
     producers = {name: job for name, job in SOURCES.items() if name != "tokens" or config.num_validation_prompts}
     filled: Config = fill_from_chain(config, producers, root=root)
     return filled
 
 
-def load_painter(config: Config) -> TextToImage:
-    """Load the model with its tokenizers. VocabularyError if they are not those that it was trained with."""
+def draw_shard(config: Config, *, run: JobRun) -> DrawShard:
+    """What workers draw with. ConfigError names a folder that is not given."""
     folders = {name: getattr(config, name) for name in ("checkpoint", "text_tokenizer", "image_tokenizer")}
     for name, folder in folders.items():
         if folder is None:
             flag = f"--{name.replace('_', '-')} FOLDER"
             raise ConfigError(f"{name} is not given; run `make pretrain` first, or give {flag}")
-    return TextToImage.load(**folders, device=config.device)
+    return DrawShard(
+        **folders,
+        captioner=config.captioner,
+        sampling=config.sampling,
+        scene_sampling=config.scene_sampling,
+        contrast=config.contrast,
+        checkpoint_digest=run.inputs["checkpoint"],
+        output=run.output,
+        batch_size=config.batch_size,
+        device=config.device,
+        threads=config.threads,
+    )
 
 
 def collect_prompts(config: Config) -> list[Prompt]:
@@ -183,9 +193,15 @@ def collect_prompts(config: Config) -> list[Prompt]:
     if any(not text.strip() for text in given):
         raise ConfigError(f"prompt={given}: an empty caption asks for nothing; leave it out")
     prompts = [
-        *(Prompt(text=text.strip(), kind="given", candidates=config.candidates) for text in given),
+        *(Prompt(text=text.strip(), kind="given", candidates=len(config.seeds) or config.candidates) for text in given),
         *(
-            Prompt(text=asked.caption, kind="scene", language=asked.language, scene=asked.scene)
+            Prompt(
+                text=asked.caption,
+                kind="scene",
+                language=asked.language,
+                scene=scene_to_json(asked.scene),
+                latin=f"{asked.language}: {_english(asked.scene)}",
+            )
             for asked in held_out_prompts(config.num_scenes, seed=config.seed, two_shape_share=config.two_shape_share)
         ),
         *(Prompt(text=text, kind="validation") for text in _validation_texts(config)),
@@ -195,92 +211,93 @@ def collect_prompts(config: Config) -> list[Prompt]:
     return prompts
 
 
-def place_orders(prompts: Sequence[Prompt], *, seed: int) -> Iterator[Order]:
-    """One order for each candidate of each prompt. A picture's seed comes from (seed, prompt, candidate) alone."""
+def place_orders(prompts: Sequence[Prompt], *, seed: int, seeds: Sequence[int] = ()) -> Iterator[Order]:
+    """One order for each candidate of each prompt. A picture's seed comes from (seed, prompt, candidate) alone.
+
+    seeds: instead of these, for the candidates of given prompts.
+    """
     for index, prompt in enumerate(prompts):
         for candidate in range(prompt.candidates):
             digest = hashlib.sha256(f"sample:{seed}:{index}:{candidate}".encode()).digest()
+            own = int.from_bytes(digest[:6], "big")
+            is_known = bool(seeds) and prompt.kind == "given"
             yield Order(
                 prompt_index=index,
                 prompt=prompt,
                 candidate=candidate,
-                seed=int.from_bytes(digest[:6], "big"),  # 48 bits: exact in JSON and in any table
+                seed=seeds[candidate] if is_known else own,
             )
 
 
-def draw(orders: Sequence[Order], painter: TextToImage, *, config: Config, run: JobRun) -> list[dict[str, Any]]:
-    """Draw batch by batch, save each picture, and return the rows of the table of samples."""
-    rows: list[dict[str, Any]] = []
-    for sampling, batch in in_batches(orders, config=config):
-        codes_Bhw = painter.codes(
-            [order.prompt.text for order in batch], seeds=[order.seed for order in batch], sampling=sampling
-        )
-        pictures = to_pictures(painter.decode(codes_Bhw))
-        for order, codes_hw, picture in zip(batch, codes_Bhw.cpu().numpy().astype(np.uint16), pictures, strict=True):
-            rows.append(_sample_row(order, index=len(rows), codes_hw=codes_hw, checkpoint=run.inputs["checkpoint"]))
-            _save_picture(picture, run.output / rows[-1]["path"])
-        run.progress(len(rows), len(orders), "pictures")
-    return rows
-
-
-def in_batches(orders: Sequence[Order], *, config: Config) -> Iterator[tuple[SamplingConfig, Sequence[Order]]]:
-    """The orders in their order, in batches that are drawn alike."""
-    for is_scene, group in itertools.groupby(orders, key=lambda order: order.prompt.kind == "scene"):
-        alike = list(group)
-        for start in range(0, len(alike), config.batch_size):
-            sampling = config.scene_sampling if is_scene else config.sampling
-            yield sampling, alike[start : start + config.batch_size]
+def ranked(drawn: pa.Table) -> pa.Table:
+    """The table of samples with the rank of each among the candidates of its prompt, if their CapLoss is known."""
+    losses, prompts = drawn["cap_loss"].to_pylist(), drawn["prompt_index"].to_pylist()
+    ranks: list[int | None] = [None] * len(drawn)
+    for _, group in itertools.groupby(range(len(drawn)), key=lambda row: prompts[row]):
+        rows = list(group)
+        if losses[rows[0]] is not None:
+            for rank, place in enumerate(ranking([losses[row] for row in rows])):
+                ranks[rows[place]] = rank
+    return drawn.append_column(RANK, pa.array(ranks, type=RANK.type))
 
 
 def draw_grid(folder: Path, table: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The sheet of the first prompts, every candidate of a prompt side by side over its caption."""
+    """The sheet of the first prompts, every candidate of a prompt side by side over its caption, the best first."""
     tiles = []
-    for _, group in itertools.groupby(table, key=lambda row: row["prompt_index"]):
-        rows = list(group)[:CANDIDATES_SHOWN]
-        pictures = tuple(Image.open(folder / row["path"]).convert("RGB") for row in rows)
+    for rows in itertools.islice(by_prompt(table), GRID_TILES):
+        pictures = tuple(Image.open(folder / row["path"]).convert("RGB") for row in rows[:CANDIDATES_SHOWN])
         tiles.append(Tile(images=pictures, caption=rows[0]["prompt"], fallback=rows[0]["latin_prompt"]))
-    return draw_sheet(tiles[:GRID_TILES])
+    return draw_sheet(tiles)
 
 
-def _sample_row(order: Order, *, index: int, codes_hw: np.ndarray, checkpoint: str) -> dict[str, Any]:
-    scene = order.prompt.scene
-    return {
-        "index": index,
-        "prompt_index": order.prompt_index,
-        "prompt": order.prompt.text,
-        "latin_prompt": _latin_prompt(order),
-        "kind": order.prompt.kind,
-        "language": order.prompt.language,
-        "scene": scene_to_json(scene) if scene else "",
-        "candidate": order.candidate,
-        "seed": order.seed,
-        "codes": codes_hw.ravel().tolist(),
-        "path": f"{SAMPLES_FOLDER}/{index:06d}.png",
-        "checkpoint": checkpoint,
-    }
+def keep_best(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Write the best picture of each prompt, and for the first prompts a sheet of all candidates in their order."""
+    for rows in by_prompt(table):
+        name = f"{rows[0]['prompt_index']:06d}.png"
+        with atomic_file(folder / BEST_FOLDER / name) as copy, open(folder / rows[0]["path"], "rb") as original:
+            shutil.copyfileobj(original, copy)
+        if len(rows) > 1 and rows[0]["prompt_index"] < SHEETS:
+            save_picture(draw_ordered(folder, rows), folder / ORDERED_FOLDER / name)
 
 
-def _latin_prompt(order: Order) -> str:
-    if order.prompt.scene is None:
-        return f"prompt {order.prompt_index}"
-    english, _ = captions(order.prompt.scene, rng=random.Random(1))  # draws 0.13: the first, plainest template
-    return f"{order.prompt.language}: {english}"
+def draw_ordered(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """All candidates of a prompt in the order of CapLoss, as figure 6."""
+    tiles = [
+        Tile(
+            images=(Image.open(folder / row["path"]).convert("RGB"),),
+            caption=f"{row['cap_loss']:.3f}",
+            note=f"seed {row['seed']}",
+        )
+        for row in rows
+    ]
+    title = drawable(rows[0]["prompt"], fallback=rows[0]["latin_prompt"])
+    return draw_sheet(tiles, title=f"In the order of CapLoss: {title}", picture_side=128)
 
 
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG")
+def by_prompt(table: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """The rows of each prompt, in the order of their rank if they have one."""
+    for _, group in itertools.groupby(table, key=lambda row: row["prompt_index"]):
+        yield sorted(group, key=lambda row: row["candidate"] if row["rank"] is None else row["rank"])
+
+
+def _english(scene: Scene) -> str:
+    english, _ = captions(scene, rng=random.Random(1))  # draws 0.13: the first, plainest template
+    return english
 
 
 def _file_prompts(path: Path) -> list[str]:
     """The captions of a UTF-8 text file, one on a line; empty lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts_file={path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    texts = [line.strip() for line in lines if line.strip()]
+    return _lines(text, where=f"prompts_file={path}")
+
+
+def _lines(text: str, *, where: str) -> list[str]:
+    texts = [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
-        raise ConfigError(f"prompts_file={path} holds no caption; write one on each line")
+        raise ConfigError(f"{where} holds no caption; write one on each line")
     return texts
 
 
@@ -301,4 +318,4 @@ def _validation_texts(config: Config) -> list[str]:
     return list(chosen)
 
 
-JOB = Job(name="generate", version=1, products=("samples.parquet", "grid.png", "prompts.json"), main=main)
+JOB = Job(name="generate", version=2, products=("samples.parquet", "grid.png", "prompts.json"), main=main)

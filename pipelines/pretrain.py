@@ -9,38 +9,30 @@ Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts not
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
-from cogview.evaluation.losses import held_out_losses
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
-from cogview.models.pivots import pivot_keys
-from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, save_model
+from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
-from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
+from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
-from cogview.shards.order import SampleOrder
-from cogview.shards.reader import TokenRows, TokenShards
 from cogview.tokenizers.dvae import DVAETokenizer
-from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
-from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.language_model import LanguageModelLoss, weighted
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
-from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.plan import plan_lines
-from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
+from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.tasks.language_model import Inputs, LanguageModelTask, Parts, TaskConfig, require_inputs
 
 LAYOUT = TASKS["text_to_image"]
 
@@ -115,7 +107,7 @@ PRESETS: dict[str, Config] = {"paper": PAPER, "smoke": SMOKE}
 def main(config: Config, run: JobRun) -> None:
     """Check that tokens and tokenizers belong together, then train on Ray."""
     settings = TaskSettings(config=config, output=run.output, inputs=require_inputs(config))
-    parts = settings.load()
+    parts = settings.inputs.load()
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
     layers, weights = config.model.num_layers, count_weights(config, parts)
     run.say(f"{len(parts.train):,} rows, {layers} layers, {weights:,} parameters")
@@ -139,48 +131,9 @@ def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
     model, length = config.model, config.model.max_positions
     if config.tokens and config.text_tokenizer and config.image_tokenizer:
-        parts = TaskSettings(config=config, output=Path(), inputs=require_inputs(config)).load()
+        parts = require_inputs(config).load()
         model, length = model_config(config, parts), row_length(config, parts)
     return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """The input folders, all given."""
-
-    tokens: Path
-    text_tokenizer: Path
-    image_tokenizer: Path
-
-
-def require_inputs(config: Config) -> Inputs:
-    """The input folders. ConfigError names one that is not given."""
-    producers = {
-        "tokens": "tokenize_pairs",
-        "text_tokenizer": "train_text_tokenizer",
-        "image_tokenizer": "train_image_tokenizer",
-    }
-    return Inputs(**given_folders(config, producers))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Tokens, tokenizers and vocabulary that belong together."""
-
-    train: TokenShards
-    validation: TokenShards
-    text_tokenizer: TextTokenizer
-    image_tokenizer: AnyImageTokenizer
-    vocabulary: Vocabulary
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """What a checkpoint carries and every reader checks."""
-        return {
-            "text_tokenizer": self.text_tokenizer.fingerprint,
-            "image_tokenizer": self.image_tokenizer.fingerprint,
-            "vocabulary": self.vocabulary.fingerprint,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +144,30 @@ class TaskSettings:
     output: Path
     inputs: Inputs
 
-    def load(self) -> Parts:
-        """Open everything. VocabularyError if the tokens were made with other tokenizers."""
-        text = TextTokenizer.load(self.inputs.text_tokenizer)
-        image = load_image_tokenizer(self.inputs.image_tokenizer)
-        parts = Parts(
-            train=TokenShards.open(self.inputs.tokens, split="train"),
-            validation=TokenShards.open(self.inputs.tokens, split="validation"),
-            text_tokenizer=text,
-            image_tokenizer=image,
-            vocabulary=Vocabulary(image.num_codes, text.num_pieces),
-        )
-        parts.train.require(**parts.fingerprints)
-        return parts
+
+def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
+    """A new GPT as a task for the training loop; runs on each worker."""
+    config, parts = settings.config, settings.inputs.load()
+    torch.manual_seed(config.loop.seed)
+    gpt = GPT(model_config(config, parts))
+    if config.embeddings_from_codebook:
+        start_from_codebook(gpt, parts)
+    if config.is_compiled:
+        gpt.compile_layers()
+    sequence = SequenceConfig(
+        length=row_length(config, parts),
+        text_loss_weight=config.text_loss_weight,
+        is_image_fixed=config.is_image_fixed,
+    )
+    task = TaskConfig(
+        layout=LAYOUT,
+        sequence=sequence,
+        loop=config.loop,
+        output=settings.output,
+        num_validation_rows=config.num_validation_rows,
+        look=partial(draw_samples, number=config.num_samples),
+    )
+    return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
 
 
 def model_config(config: Config, parts: Parts) -> GPTConfig:
@@ -240,85 +204,23 @@ def start_from_codebook(gpt: GPT, parts: Parts) -> None:
     gpt.word_embeddings.weight[ids.start : ids.stop] = projected_KE / projected_KE.std() * gpt.config.init_std
 
 
-class PretrainTask:
-    """The GPT as the training loop sees it."""
-
-    def __init__(self, settings: TaskSettings, ranks: Ranks) -> None:
-        self.config, self.output, self.parts, self.ranks = settings.config, settings.output, settings.load(), ranks
-        loop = self.config.loop
-        torch.manual_seed(loop.seed)
-        self.gpt = GPT(model_config(self.config, self.parts))
-        if self.config.embeddings_from_codebook:
-            start_from_codebook(self.gpt, self.parts)
-        if self.config.is_compiled:
-            self.gpt.compile_layers()
-        self.module: nn.Module = LanguageModelLoss(self.gpt)
-        self.order = SampleOrder(len(self.parts.train), loop.global_batch_size, loop.seed)
-        self.length = row_length(self.config, self.parts)
-
-    def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
-        """This worker's rows of a step."""
-        indices = ranks.share(self.order.indices(step))
-        batch = weighted(self.layout_rows(self.parts.train.rows(indices, with_texts=False)))
-        if self.gpt.config.attention != "sparse":
-            return batch
-        keys_B = pivot_keys(torch.from_numpy(indices), seed=self.config.loop.seed, step=step)
-        return WeightedBatch({**batch.tensors, "pivot_keys": keys_B}, batch.weight)
-
-    def validate(self, step: int) -> Mapping[str, Any]:
-        """Text and image loss on held-out rows, and a grid of pictures drawn for held-out captions."""
-        losses = held_out_losses(self.gpt, self.held_out_batches())
-        name = f"samples/step_{step:08d}.png"
-        (self.output / name).parent.mkdir(exist_ok=True)
-        self.draw_samples().save(self.output / name)
-        return {**{f"validation_{part}_loss": loss.value for part, loss in losses.items()}, PICTURE_KEY: name}
-
-    def publish(self, output: Path) -> None:
-        """Write the weights with what they were trained with."""
-        settings = {"fingerprints": self.parts.fingerprints, "grid": self.parts.train.grid, "length": self.length}
-        settings["is_image_fixed"] = self.config.is_image_fixed
-        save_model(self.gpt, output, settings={**settings, "num_steps": self.config.loop.num_steps})
-
-    def layout_rows(self, rows: TokenRows) -> SequenceBatch:
-        """Token rows in CogView's pretraining template."""
-        sequence = SequenceConfig(
-            length=self.length,
-            text_loss_weight=self.config.text_loss_weight,
-            is_image_fixed=self.config.is_image_fixed,
-        )
-        return build_batch(
-            rows.text_ids, rows.image_codes, layout=LAYOUT, config=sequence, vocabulary=self.parts.vocabulary
-        )
-
-    def held_out_batches(self) -> Iterator[SequenceBatch]:
-        """The first held-out rows, 32 at a time."""
-        number = min(self.config.num_validation_rows, len(self.parts.validation))
-        for start in range(0, number, 32):
-            yield self.layout_rows(self.parts.validation.rows(np.arange(start, min(start + 32, number))))
-
-    def draw_samples(self) -> Any:
-        """Pictures for captions spread over the held-out rows, always the same ones with the same seeds."""
-        held_out = self.parts.validation
-        number = min(self.config.num_samples, len(held_out))
-        captions = held_out.rows(np.linspace(0, len(held_out) - 1, number).astype(np.int64)).texts
-        painter = TextToImage(
-            model=self.gpt,
-            text_tokenizer=self.parts.text_tokenizer,
-            image_tokenizer=self.parts.image_tokenizer.to(self.ranks.device),
-            vocabulary=self.parts.vocabulary,
-            grid=held_out.grid,
-            length=self.length,
-            is_image_fixed=self.config.is_image_fixed,
-        )
-        codes_Bhw = painter.codes(captions, seeds=list(range(number)), sampling=SamplingConfig())
-        pictures = to_pictures(painter.decode(codes_Bhw))
-        tiles = [Tile(images=(picture,), caption=text) for picture, text in zip(pictures, captions, strict=True)]
-        return draw_sheet(tiles)
-
-
-def build_task(settings: TaskSettings, ranks: Ranks) -> PretrainTask:
-    """Runs on each worker."""
-    return PretrainTask(settings, ranks)
+def draw_samples(task: LanguageModelTask, step: int, *, number: int) -> Mapping[str, Any]:
+    """Pictures for captions spread over the held-out rows, always the same ones with the same seeds."""
+    held_out = task.parts.validation
+    captions = held_out.rows(task.spread_rows(number)).texts
+    painter = TextToImage(
+        model=task.gpt,
+        text_tokenizer=task.parts.text_tokenizer,
+        image_tokenizer=task.parts.image_tokenizer.to(task.ranks.device),
+        vocabulary=task.parts.vocabulary,
+        grid=held_out.grid,
+        length=task.config.sequence.length,
+        is_image_fixed=task.config.sequence.is_image_fixed,
+    )
+    codes_Bhw = painter.codes(captions, seeds=list(range(len(captions))), sampling=SamplingConfig())
+    pictures = to_pictures(painter.decode(codes_Bhw))
+    tiles = [Tile(images=(picture,), caption=text) for picture, text in zip(pictures, captions, strict=True)]
+    return task.save_sheet(draw_sheet(tiles), step)
 
 
 JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)

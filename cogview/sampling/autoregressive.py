@@ -46,7 +46,7 @@ def generate_codes(
             f"the model has {model.config.max_positions}: shorten the text"
         )
     device = model.word_embeddings.weight.device
-    hidden_BE, positions_B1, cache = _read_prompts(
+    hidden_BE, positions_B1, cache = read_prompts(
         model, prompts_ids, positions, pad=vocabulary.command("PAD"), num_tokens=num_tokens
     )
     draws_BT = uniform_draws(seeds, length=num_tokens, device=device)
@@ -63,7 +63,7 @@ def generate_codes(
     return torch.stack(codes, dim=1).view(len(seeds), grid, grid)
 
 
-def _read_prompts(
+def read_prompts(
     model: GPT, prompts_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, pad: int, num_tokens: int
 ) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Read each different prompt once: its last hidden state [B, E], its last position [B, 1], and the filled cache."""

@@ -9,11 +9,11 @@ that it was trained with; with any others its ids would mean something else, so 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
-from cogview.errors import VocabularyError
+from cogview.errors import CheckpointError, VocabularyError
 from cogview.models.gpt import GPT
 from cogview.models.published import load_model
 from cogview.sampling.autoregressive import generate_codes
@@ -47,22 +47,21 @@ class TextToImage:
     def load(cls, checkpoint: Path, *, text_tokenizer: Path, image_tokenizer: Path, device: str = "cpu") -> Self:
         """Load the published weights and both tokenizers, ready to sample.
 
-        Raises VocabularyError if the tokenizers are not those of the checkpoint, CheckpointError for a damaged file.
+        Raises VocabularyError if the tokenizers are not those of the checkpoint, CheckpointError for a damaged file or
+        a model that was finetuned for something else.
         """
-        text, image = TextTokenizer.load(text_tokenizer), load_image_tokenizer(image_tokenizer)
-        vocabulary = Vocabulary(image.num_codes, text.num_pieces)
-        model, settings = load_model(checkpoint)
-        found = {
-            "text_tokenizer": text.fingerprint,
-            "image_tokenizer": image.fingerprint,
-            "vocabulary": vocabulary.fingerprint,
-        }
-        require_fingerprints(settings["fingerprints"], found=found, where=checkpoint)
+        trained = load_trained(
+            checkpoint, text_tokenizer=text_tokenizer, image_tokenizer=image_tokenizer, device=device
+        )
+        settings = trained.settings
+        task = settings.get("task", "text_to_image")
+        if task != "text_to_image":
+            raise CheckpointError(f"{checkpoint} was finetuned for {task}, not to draw; give the output of pretrain")
         return cls(
-            model=model.to(device).eval(),
-            text_tokenizer=text,
-            image_tokenizer=image.to(device).eval(),
-            vocabulary=vocabulary,
+            model=trained.model,
+            text_tokenizer=trained.text_tokenizer,
+            image_tokenizer=trained.image_tokenizer,
+            vocabulary=trained.vocabulary,
             grid=int(settings["grid"]),
             length=int(settings["length"]),
             is_image_fixed=bool(settings.get("is_image_fixed", False)),
@@ -110,6 +109,37 @@ class TextToImage:
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Pictures float [B, 3, H, W] in [0, 1]."""
         return self.image_tokenizer.decode(codes_Bhw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model in evaluation mode with the tokenizers that it was trained with; settings: its `model.json`."""
+
+    model: GPT
+    settings: Mapping[str, Any]
+    text_tokenizer: TextTokenizer
+    image_tokenizer: AnyImageTokenizer
+    vocabulary: Vocabulary
+
+
+def load_trained(checkpoint: Path, *, text_tokenizer: Path, image_tokenizer: Path, device: str) -> Trained:
+    """Load published weights, whatever they were trained for, and both tokenizers (errors: see `TextToImage.load`)."""
+    text, image = TextTokenizer.load(text_tokenizer), load_image_tokenizer(image_tokenizer)
+    vocabulary = Vocabulary(image.num_codes, text.num_pieces)
+    model, settings = load_model(checkpoint)
+    found = {
+        "text_tokenizer": text.fingerprint,
+        "image_tokenizer": image.fingerprint,
+        "vocabulary": vocabulary.fingerprint,
+    }
+    require_fingerprints(settings["fingerprints"], found=found, where=checkpoint)
+    return Trained(
+        model=model.to(device).eval(),
+        settings=settings,
+        text_tokenizer=text,
+        image_tokenizer=image.to(device).eval(),
+        vocabulary=vocabulary,
+    )
 
 
 def require_fingerprints(recorded: Mapping[str, str], *, found: Mapping[str, str], where: Path) -> None:

@@ -2,7 +2,7 @@
 
 The loss rule is the release's: a label counts towards the text part if its *input* token is not an image code, and
 towards the image part if it is. So the step from BOI1 to the first code is text, and the step from the last code to
-EOI1 is image.
+EOI1 is image. A segment of the layout may weigh its own labels on top of that, or leave them out with weight 0.
 """
 
 # B batch, L sequence
@@ -78,13 +78,18 @@ def build_batch(
     ]
     padded_BL = np.full((len(rows), max(map(len, rows))), vocabulary.command("PAD"), dtype=np.int64)
     positions_BL = np.zeros_like(padded_BL)
-    for row, (ids, place) in enumerate(zip(rows, places, strict=True)):
+    segments_BL = np.zeros(padded_BL.shape, dtype=np.float32)
+    for row, (ids, place, text) in enumerate(zip(rows, places, text_ids, strict=True)):
         padded_BL[row, : len(ids)] = ids
         positions_BL[row, : len(ids)] = place
+        segments_BL[row, : len(ids)] = layout.loss_weights(
+            num_text=min(len(text), budget), num_image_tokens=image_codes.shape[1]
+        )
     tokens_BL = torch.from_numpy(padded_BL)
     inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
     image_part_BL = inputs_BL < vocabulary.image_ids.stop
     weights_BL = torch.where(image_part_BL, config.image_loss_weight, config.text_loss_weight)
+    weights_BL = weights_BL * torch.from_numpy(segments_BL)[:, 1:]
     weights_BL = weights_BL.masked_fill(labels_BL == vocabulary.command("PAD"), 0.0)
     return SequenceBatch(
         ids=inputs_BL,

@@ -16,12 +16,16 @@ from cogview.errors import ConfigError
 from cogview.tokenizers.vocabulary import Vocabulary
 
 Ids = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float32]
 IdSequence = Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of text or image tokens between command tokens; `loss_weight` multiplies the loss of its tokens."""
+    """A run of text or image tokens between command tokens.
+
+    loss_weight: multiplies the loss of these tokens and of the command tokens around them, where they are the label.
+    """
 
     kind: Literal["text", "image"]
     before: tuple[str, ...]
@@ -30,8 +34,10 @@ class Segment:
 
 
 def text(*commands: str, loss_weight: float = 1.0) -> Segment:
-    """A text segment: command tokens, then the text. It has no end mark; the next command token ends it."""
-    return Segment(kind="text", before=commands, loss_weight=loss_weight)
+    """A text segment: command tokens, then the text. The next command token ends it, or a SEP of its own."""
+    before = tuple(name for name in commands if name != "SEP")
+    after = tuple(name for name in commands if name == "SEP")
+    return Segment(kind="text", before=before, after=after, loss_weight=loss_weight)
 
 
 def image(*commands: str, loss_weight: float = 1.0) -> Segment:
@@ -94,6 +100,14 @@ class SequenceLayout:
             start += length + (budget - num_text if is_image_fixed and segment.kind == "text" else 0)
         return np.concatenate(parts)
 
+    def loss_weights(self, *, num_text: int, num_image_tokens: int) -> Weights:
+        """float32, the weight of each token of a whole row as a label."""
+        parts = []
+        for segment in self.segments:
+            content = num_text if segment.kind == "text" else num_image_tokens
+            parts.append(np.full(len(segment.before) + content + len(segment.after), segment.loss_weight, np.float32))
+        return np.concatenate(parts)
+
     def fill(
         self, text_ids: IdSequence, codes: Sequence[npt.NDArray[np.uint16]], *, vocabulary: Vocabulary, budget: int
     ) -> Ids:
@@ -110,9 +124,11 @@ class SequenceLayout:
         return np.concatenate(parts)
 
 
-# A task is a line. text_to_image is the pretraining template of the paper and of the release.
+# A task is a line. text_to_image is the pretraining template of the paper and of the release. captioning is the
+# release's too, but for SEP: the released captioner has no end of text, and writes a fixed number of tokens.
 TASKS: dict[str, SequenceLayout] = {
     "text_to_image": SequenceLayout(text("ROI1"), image("BASE", "BOI1", "EOI1")),
+    "captioning": SequenceLayout(image("BASE", "BOI1", "EOI1", loss_weight=0.0), text("ROI1", "SEP")),
 }
 
 

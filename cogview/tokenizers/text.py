@@ -137,6 +137,15 @@ class TextTokenizer:
         pieces: list[str] = self._processor.encode(encodable(text), out_type=str)
         return pieces
 
+    def written_pieces(self) -> list[str]:
+        """What every id stands for, `▁` for a space; empty for those that no text is made of (unknown, begin, end)."""
+        ids, processor = range(self.num_pieces), self._processor
+        pieces: list[str] = processor.id_to_piece(list(ids))
+        return [
+            "" if processor.is_unknown(token) or processor.is_control(token) else piece
+            for token, piece in zip(ids, pieces, strict=True)
+        ]
+
     def __reduce__(self) -> tuple[type["TextTokenizer"], tuple[bytes]]:
         return TextTokenizer, (self._model,)
 

@@ -367,7 +367,8 @@ class _Loop:
         self.sums = {}
         if self.metrics is None:
             return
-        averages = {name: (pair[0] / pair[1].clamp_min(1e-12)).item() for name, pair in zip(names, pairs, strict=True)}
+        # What no batch had, such as image tokens that count, has no average.
+        averages = {name: (pair[0] / pair[1]).item() for name, pair in zip(names, pairs, strict=True) if pair[1] > 0}
         seconds = time.monotonic() - self.started
         per_second = (done - self.tokens_started) * self.config.global_batch_size / max(seconds, 1e-9)
         line = {"step": done, **averages, "learning_rate": rate, "gradient_norm": norm, "skipped_steps": self.skipped}

@@ -18,7 +18,7 @@ from cogview.errors import ConfigError, ManifestError
 from cogview.shards.manifest import read_json, write_json
 from pipelines.runtime.display import Display, StageState
 from pipelines.runtime.failures import first_line
-from pipelines.runtime.jobs import Finished, Job, plan_job, read_finished, work
+from pipelines.runtime.jobs import COMPLETE_NAME, Finished, Job, plan_job, read_finished, work
 from pipelines.runtime.locks import folder_lock
 
 CHAIN_NAME = "chain.json"
@@ -180,6 +180,18 @@ def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) ->
             flag = f"--{name.replace('_', '-')} FOLDER"
             raise ConfigError(f"{root / CHAIN_NAME}: no {job} is done; run `make pretrain` first, or give {flag}")
     return replace(config, **{name: outputs[job] for name, job in missing.items()})
+
+
+def latest_output(job: str, *, flag: str, root: Path) -> Path:
+    """The output folder of a job that ended last under `root`, for jobs outside the chain.
+
+    ConfigError when there is none; flag: by which the user can name another folder.
+    """
+    done = [path for path in (root / job).glob(f"*/{COMPLETE_NAME}") if path.is_file()]
+    if not done:
+        target = job.replace("_", "-")
+        raise ConfigError(f"{root}: no {job} is done; run `make {target}` first, or give {flag} FOLDER")
+    return max(done, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def score_words(scores: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 LOG_NAME = "log.txt"
 LINE_SECONDS = 15.0  # between two progress lines off a terminal
+MIN_PACE_SECONDS = 3.0  # of work, before it tells how long the rest will take
 MAX_SAID = 5  # lines of a job that stay in the panel
 StageState = Literal["waiting", "running", "done", "reused", "failed"]
 MARKS: dict[StageState, tuple[str, str]] = {
@@ -45,6 +46,19 @@ class Stage:
     note: str = ""
     started: float = 0.0
     seconds: float = 0.0
+    first: tuple[float, float] | None = None  # what was done at the first sign of progress, and when
+
+    def keep(self, done: float, total: float, note: str, *, now: float) -> None:
+        """Take over what the job says; work of another kind, such as after a stage's preparation, is timed anew."""
+        if self.first is None or total != self.total or done < self.done:
+            self.first = (done, now)
+        self.done, self.total, self.note = done, total, note
+
+    def seconds_left(self, *, now: float) -> float | None:
+        """At the pace so far; None while that says nothing."""
+        if self.first is None or not self.first[0] < self.done < self.total or now - self.first[1] < MIN_PACE_SECONDS:
+            return None
+        return (self.total - self.done) * (now - self.first[1]) / (self.done - self.first[0])
 
 
 class Display(Protocol):
@@ -85,8 +99,8 @@ class PlainDisplay:
     def progress(self, done: float, total: float, note: str = "") -> None:
         """Keep the progress, and write it when the last line is old enough."""
         stage = self._current
-        stage.done, stage.total, stage.note = done, total, note
         now = time.monotonic()
+        stage.keep(done, total, note, now=now)
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             self._write(f"{stage.name}: {progress_words(stage, now=now)}")
@@ -124,7 +138,7 @@ class LiveDisplay:
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         """Keep the progress for the next repaint."""
-        self._current.done, self._current.total, self._current.note = done, total, note
+        self._current.keep(done, total, note, now=time.monotonic())
 
     def say(self, line: str) -> None:
         """One line for people, below the stages."""
@@ -142,7 +156,8 @@ class LiveDisplay:
             mark, style = MARKS[stage.state]
             seconds = now - stage.started if stage.state == "running" else stage.seconds
             clock = "" if stage.state == "waiting" else "reused" if stage.state == "reused" else duration(seconds)
-            table.add_row(Text(mark, style), Text(stage.name, style), _bar(stage), Text(clock), Text(stage.note, "dim"))
+            note = ", ".join(filter(None, [stage.note, left_words(stage, now=now) if stage.state == "running" else ""]))
+            table.add_row(Text(mark, style), Text(stage.name, style), _bar(stage), Text(clock), Text(note, "dim"))
         said = [Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in self._said]
         title = f"{self._title}  {duration(now - self._began)}"
         return Panel(Group(table, *said), title=Text(title, "bold"), title_align="left", border_style="dim")
@@ -215,13 +230,19 @@ def duration(seconds: float) -> str:
 
 
 def progress_words(stage: Stage, *, now: float) -> str:
-    """`120 of 600 (20 %), loss 3.2, 0:40`; without a total just the note and the time."""
+    """`120 of 600 (20 %), loss 3.2, 0:40, 2:40 left`; without a total just the note and the time."""
     words = []
     if stage.total > 0:
         words.append(f"{stage.done:g} of {stage.total:g} ({100 * stage.done / stage.total:.0f} %)")
     if stage.note:
         words.append(stage.note)
-    return ", ".join([*words, duration(now - stage.started)])
+    return ", ".join(filter(None, [*words, duration(now - stage.started), left_words(stage, now=now)]))
+
+
+def left_words(stage: Stage, *, now: float) -> str:
+    """`2:40 left`, or nothing while that is not known."""
+    seconds = stage.seconds_left(now=now)
+    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def _bar(stage: Stage) -> RenderableType:

@@ -57,6 +57,19 @@ def test_progress_without_a_total_is_the_note_and_the_time() -> None:
     assert progress_words(Stage(name="scrape_pairs", note="300 images", started=10.0), now=50.0) == "300 images, 40.0 s"
 
 
+def test_the_time_that_is_left_follows_from_the_pace() -> None:
+    stage = Stage(name="generate", started=100.0)
+    stage.keep(200, 600, "pictures", now=110.0)  # 200 were there from an earlier run, so they say nothing of the pace
+    assert stage.seconds_left(now=115.0) is None
+    stage.keep(300, 600, "pictures", now=120.0)
+    assert stage.seconds_left(now=120.0) == 30.0
+    assert progress_words(stage, now=120.0) == "300 of 600 (50 %), pictures, 20.0 s, 30.0 s left"
+    stage.keep(0, 12, "sheets", now=121.0)
+    assert stage.seconds_left(now=130.0) is None
+    stage.keep(12, 12, "sheets", now=130.0)
+    assert progress_words(stage, now=130.0) == "12 of 12 (100 %), sheets, 30.0 s"
+
+
 def test_libraries_children_and_warnings_write_to_the_log_and_not_on_the_screen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

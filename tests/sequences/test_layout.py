@@ -50,3 +50,12 @@ def test_positions_run_through_or_give_the_image_a_fixed_place() -> None:
     assert fixed.tolist() == [0, 1, 2, 6, 7, 8, 9, 10, 11, 12]  # ROI1 a b | BASE BOI1 c c c c EOI1
     full = LAYOUT.positions(num_text=5, num_image_tokens=4, budget=5, is_image_fixed=True)
     assert full[-7:].tolist() == fixed[-7:].tolist()
+
+
+def test_captioning_puts_image_before_text_and_ends_it_with_sep() -> None:
+    ids = TASKS["captioning"].fill([7, 8], [CODES], vocabulary=RELEASED, budget=60)
+    assert ids[:2].tolist() == [58208, 58193]  # BASE, BOI1
+    assert ids[2:1026].tolist() == list(range(1024))
+    assert ids[1026:].tolist() == [58196, 58199, 8199, 8200, 58202]  # EOI1, ROI1, the text, SEP
+    weights = TASKS["captioning"].loss_weights(num_text=2, num_image_tokens=1024)
+    assert weights.tolist() == [0.0] * 1027 + [1.0] * 4

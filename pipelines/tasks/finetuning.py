@@ -1,0 +1,159 @@
+"""What all finetunes share: trained weights, a layout, rows of tokens, and a few thousand steps (CogView, section 3).
+
+In: any published folder of weights, of ours or imported, and token rows that were made with the tokenizers of these
+weights. Out: weights in the same form. A job fills in `Finetuning` and calls `finetune`; what is special to it (a
+look at held-out rows, batches of two images, changes to the model) is a function or a field there.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogview.errors import CheckpointError
+from cogview.models.continued import continued
+from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.pivots import SparseConfig
+from cogview.models.published import SETTINGS_NAME, load_model
+from cogview.sampling.text_to_image import require_fingerprints
+from cogview.sequences.batch import SequenceConfig
+from cogview.sequences.layout import TASKS
+from cogview.training.loop import LoopConfig, Ranks
+from pipelines.runtime.jobs import JobRun
+from pipelines.runtime.plan import plan_lines
+from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.tasks.language_model import (
+    PRODUCERS,
+    Inputs,
+    LanguageModelTask,
+    LayOut,
+    Look,
+    Parts,
+    TaskConfig,
+    lay_out_rows,
+)
+
+SOURCES = {"checkpoint": "pretrain", **PRODUCERS}  # the fields of a finetune's config, for `fill_from_chain`
+SCORES = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
+Adapt = Callable[[GPT], GPT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """What a worker builds a finetune from. Functions are those of a module, so that workers find them.
+
+    checkpoint: the weights to start from; task: a name in TASKS; length: tokens of a full row before the shift, 0 for
+    what the texts of pretraining need in this layout; text_loss_weight: of the labels whose input is not an image code.
+    is_image_fixed: None for the rule of the checkpoint. Positions beyond its table are added to it, model_changes are
+    made (see `continued`), and adapt has the last word on the model before it is trained.
+    look, lay_out: see `TaskConfig`; published: more entries for `model.json`, where `task` tells what was finetuned.
+    """
+
+    checkpoint: Path
+    inputs: Inputs
+    task: str
+    loop: LoopConfig
+    output: Path
+    length: int = 0
+    text_loss_weight: float = 1.0
+    is_image_fixed: bool | None = None
+    is_compiled: bool = False
+    num_validation_rows: int = 256
+    model_changes: Mapping[str, Any] = field(default_factory=dict)
+    adapt: Adapt | None = None
+    look: Look | None = None
+    lay_out: LayOut = lay_out_rows
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self) -> tuple[GPT, Parts, TaskConfig]:
+        """The model to train, the rows, and what is done with them.
+
+        Raises VocabularyError if the rows or tokenizers are not those of the checkpoint.
+        """
+        parts = self.inputs.load()
+        gpt, settings = load_model(self.checkpoint)
+        require_fingerprints(settings["fingerprints"], found=parts.fingerprints, where=self.checkpoint)
+        sequence = self.sequence(settings, grid=parts.train.grid)
+        # The last token of a row is only a label, so it needs no position.
+        gpt = continued(gpt, min_positions=sequence.length - 1, changes=self.model_changes)
+        config = TaskConfig(
+            layout=TASKS[self.task],
+            sequence=sequence,
+            loop=self.loop,
+            output=self.output,
+            num_validation_rows=self.num_validation_rows,
+            look=self.look,
+            lay_out=self.lay_out,
+            published={"task": self.task, "started_from": settings["sha256"], **self.published},
+        )
+        return (self.adapt(gpt) if self.adapt else gpt), parts, config
+
+    def sequence(self, settings: Mapping[str, Any], *, grid: int) -> SequenceConfig:
+        """How rows are laid out. settings: `model.json` of the checkpoint; grid: of the rows."""
+        is_image_fixed = self.is_image_fixed
+        if is_image_fixed is None:
+            is_image_fixed = bool(settings.get("is_image_fixed", False))
+        return SequenceConfig(
+            length=self.length or self.row_length(settings, grid=grid),
+            text_loss_weight=self.text_loss_weight,
+            is_image_fixed=is_image_fixed,
+        )
+
+    def row_length(self, settings: Mapping[str, Any], *, grid: int) -> int:
+        """Tokens of a row with as much text as in pretraining, and the images of this layout."""
+        trained_as = TASKS[settings.get("task", "text_to_image")]
+        trained_images = sum(segment.kind == "image" for segment in trained_as.segments)
+        budget = settings["length"] - trained_as.overhead() - trained_images * settings["grid"] ** 2
+        layout = TASKS[self.task]
+        images = sum(segment.kind == "image" for segment in layout.segments)
+        return int(budget) + layout.overhead() + images * grid**2
+
+
+def finetune(settings: Finetuning, *, run: JobRun, num_workers: int) -> dict[str, float]:
+    """Train on Ray to the end; the scores of the run are set, and the last values of all metrics returned."""
+    gpt, parts, config = settings.start()  # before Ray starts: whatever does not fit together is said now
+    weights = sum(parameter.numel() for parameter in gpt.parameters())
+    run.tracker.log_inputs({"tokens": run.inputs.get("tokens", ""), "checkpoint": run.inputs.get("checkpoint", "")})
+    run.say(
+        f"{settings.task}: {len(parts.train):,} rows of up to {config.sequence.length} tokens, {weights:,} parameters"
+    )
+    del gpt
+    job = TrainingJob(
+        build=build_task,
+        config=settings,
+        loop=settings.loop,
+        identity={"digest": run.digest},
+        output=run.output,
+        num_workers=num_workers,
+    )
+    last = train_on_ray(job, run=run)
+    run.scores.update({name: last[name] for name in SCORES if name in last})
+    run.scores["parameters"] = weights
+    run.tracker.log_artifact(run.output / SETTINGS_NAME)
+    return last
+
+
+def build_task(settings: Finetuning, ranks: Ranks) -> LanguageModelTask:
+    """Runs on each worker."""
+    torch.manual_seed(settings.loop.seed)
+    gpt, parts, config = settings.start()
+    if settings.is_compiled:
+        gpt.compile_layers()
+    return LanguageModelTask(gpt, parts=parts, config=config, ranks=ranks)
+
+
+def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float | None) -> Iterator[str]:
+    """What `--plan` tells of a finetune, from the shapes alone: the weights are not read."""
+    try:
+        stored = json.loads((settings.checkpoint / SETTINGS_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{settings.checkpoint} holds no trained model ({error})") from error
+    grid = settings.inputs.load().train.grid
+    length = settings.sequence(stored, grid=grid).length
+    shape = dict(stored["config"])
+    model = GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))})
+    model = replace(model, max_positions=max(model.max_positions, length - 1), **settings.model_changes)
+    return plan_lines(model, loop=settings.loop, length=length - 1, num_workers=num_workers, gpu_memory=gpu_memory)
