@@ -135,9 +135,13 @@ class LanguageModelTask:
         return WeightedBatch({**batch.tensors, "pivot_keys": keys_B}, batch.weight)
 
     def validate(self, step: int) -> Mapping[str, Any]:
-        """Text and image loss on held-out rows, and what the task's own look at the model tells."""
+        """Text and image loss on held-out rows, and what the task's own look at the model tells.
+
+        No worker of a sharded run has the whole model to look at; `generate` draws with what it publishes.
+        """
         losses = held_out_losses(self.gpt, self.held_out_batches())
-        looks = self.config.look(self, step) if self.config.look else {}
+        is_whole = self.config.loop.sharding == "none"
+        looks = self.config.look(self, step) if self.config.look and is_whole else {}
         return {**{f"validation_{part}_loss": loss.value for part, loss in losses.items()}, **looks}
 
     def publish(self, output: Path) -> None:
