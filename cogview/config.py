@@ -1,8 +1,9 @@
 """Configs are frozen dataclasses beside their owner; this module gives them roles, digests and a form on disk.
 
-A config's digest decides whether finished work can be used again, so a field has one of three roles:
-*semantic* (the default: a change makes other bytes), *input* (a path: its content's digest counts, not its spelling)
-and *runtime* (workers, logging, addresses: may change without making other bytes).
+A config's digest decides whether finished work can be used again, so a field has one of four roles:
+*semantic* (the default: a change makes other bytes), *input* (a path: its content's digest counts, not its spelling),
+*runtime* (workers, logging, addresses: may change without making other bytes) and *later* (semantic, but came after the
+first runs: its default is what they did, so that only another value changes the digest).
 """
 
 import dataclasses
@@ -23,6 +24,11 @@ def input_field(**kwargs: Any) -> Any:
 def runtime_field(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """A dataclass field that may change without making other bytes; it is left out of the digest."""
     return dataclasses.field(default=default, metadata={ROLE: "runtime"}, **kwargs)
+
+
+def later_field(default: Any) -> Any:
+    """A semantic field that older runs did not have. At its default, which was their way, the digest is theirs."""
+    return dataclasses.field(default=default, metadata={ROLE: "later"})
 
 
 def to_plain(value: Any) -> Any:
@@ -77,8 +83,14 @@ def input_paths(config: Any, *, prefix: str = "") -> dict[str, Path | None]:
 
 def _semantic(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [field for field in dataclasses.fields(value) if field.metadata.get(ROLE) is None]
+        kept = [field for field in dataclasses.fields(value) if _counts(field, getattr(value, field.name))]
         return {"class": type(value).__name__, **{f.name: _semantic(getattr(value, f.name)) for f in kept}}
     if isinstance(value, (list, tuple)):
         return [_semantic(item) for item in value]
     return to_plain(value)
+
+
+def _counts(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Whether a field's value is part of the digest."""
+    role = field.metadata.get(ROLE)
+    return role is None or (role == "later" and value != field.default)

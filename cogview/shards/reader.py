@@ -7,7 +7,8 @@ and each batch's token ids are checked against the vocabulary, which costs littl
 past the embedding table. Files are closed once mapped: the limit of open files does not bound the number of shards.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cogview.shards.schema import (
     check_ids,
     check_schema,
     check_structure,
+    code_column,
     image_code_array,
     text_id_arrays,
 )
@@ -33,13 +35,16 @@ class TokenRows:
     """Rows in the order asked for.
 
     text_ids: one int32 array per row (views of the mapped file, read-only), without the vocabulary's offset;
-    image_codes: uint16 [rows, grid * grid]; keys, texts: for people and for tracing a row back, empty if not asked for.
+    image_codes: uint16 [rows, grid * grid]; keys, texts: for people and for tracing a row back, empty if not asked for;
+    other_codes: of the same pictures at those of the folder's other grids that were asked for, grid -> uint16
+    [rows, grid * grid].
     """
 
     text_ids: list[npt.NDArray[np.int32]]
     image_codes: npt.NDArray[np.uint16]
     keys: list[str]
     texts: list[str]
+    other_codes: dict[int, npt.NDArray[np.uint16]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.text_ids)
@@ -89,6 +94,11 @@ class TokenShards:
         return self.origin.grid
 
     @property
+    def other_grids(self) -> tuple[int, ...]:
+        """The same of the other sizes at which each picture was encoded; empty in most folders."""
+        return self.origin.other_grids
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """What the tokens were made with: `text_tokenizer`, `image_tokenizer` and `vocabulary`."""
         return {
@@ -110,22 +120,27 @@ class TokenShards:
                     f"run tokenize_pairs with the {name.replace('_', ' ')} in use, or use the one of the rows"
                 )
 
-    def rows(self, indices: npt.NDArray[np.int64], *, with_texts: bool = True) -> TokenRows:
+    def rows(
+        self, indices: npt.NDArray[np.int64], *, with_texts: bool = True, other_grids: Sequence[int] = ()
+    ) -> TokenRows:
         """The rows with these numbers, in this order; a number may come twice.
 
-        with_texts: also the keys and captions, which is half of the time and which training does not need.
-        Raises IndexError for a number outside the split, SchemaError for a damaged shard.
+        with_texts: also the keys and captions, which is half of the time and which training does not need;
+        other_grids: also the codes of these. Raises IndexError for a number outside the split, SchemaError for a
+        damaged shard, ConfigError for a grid that the folder does not have.
         """
+        self._require_grids(other_grids)
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
             raise IndexError(f"rows {indices.min()} to {indices.max()} asked of {len(self)} {self.split} rows")
-        codes = np.empty((len(indices), self.grid**2), np.uint16)
+        codes = {grid: np.empty((len(indices), grid**2), np.uint16) for grid in (self.grid, *other_grids)}
         text_ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * len(indices)
         keys = [""] * (len(indices) if with_texts else 0)
         texts = keys.copy()
         for batch, places, local in self._by_batch(indices):
             batch.check_structure_once()
-            codes[places] = batch.codes[local]
+            for grid, found in codes.items():
+                found[places] = batch.codes[grid][local]
             places_and_rows = list(zip(places.tolist(), local.tolist(), strict=True))
             for place, row in places_and_rows:
                 text_ids[place] = batch.text_ids(row)
@@ -133,7 +148,17 @@ class TokenShards:
                 keys[place] = batch.keys[row].as_py()
                 texts[place] = batch.texts[row].as_py()
         self._check_range(text_ids, codes)
-        return TokenRows(text_ids=text_ids, image_codes=codes, keys=keys, texts=texts)
+        image_codes = codes.pop(self.grid)
+        return TokenRows(text_ids=text_ids, image_codes=image_codes, keys=keys, texts=texts, other_codes=codes)
+
+    def _require_grids(self, wanted: Sequence[int]) -> None:
+        missing = sorted(set(wanted) - set(self.other_grids))
+        if missing:
+            found = ", ".join(f"{grid}x{grid}" for grid in self.origin.grids)
+            raise ConfigError(
+                f"{self.folder} has codes of {found}, not of {missing[0]}x{missing[0]} besides; run tokenize_pairs "
+                f"with --other-image-sizes and a side of {missing[0]} codes"
+            )
 
     def _by_batch(
         self, indices: npt.NDArray[np.int64]
@@ -149,9 +174,11 @@ class TokenShards:
             groups.append((batch, places, indices[places] - start))
         return groups
 
-    def _check_range(self, text_ids: list[npt.NDArray[np.int32]], codes: npt.NDArray[np.uint16]) -> None:
+    def _check_range(self, text_ids: list[npt.NDArray[np.int32]], codes: dict[int, npt.NDArray[np.uint16]]) -> None:
         where = f"{self.folder / self.split}"
-        check_ids(codes, limit=self.origin.num_image_codes, name="image_codes", where=where)
+        for grid, found in codes.items():
+            name = code_column(grid, origin=self.origin)
+            check_ids(found, limit=self.origin.num_image_codes, name=name, where=where)
         if text_ids:
             check_ids(np.concatenate(text_ids), limit=self.origin.num_text_pieces, name="text_ids", where=where)
 
@@ -159,15 +186,16 @@ class TokenShards:
 class _MappedBatch:
     """One record batch of a mapped file, with numpy views of its token columns."""
 
-    def __init__(self, batch: pa.RecordBatch, *, path: Path) -> None:
+    def __init__(self, batch: pa.RecordBatch, *, path: Path, origin: TokenOrigin) -> None:
         self.num_rows = len(batch)
         self.path = path
+        self.origin = origin
         self.keys = batch.column("key")
         self.texts = batch.column("text")
         self._batch: pa.RecordBatch | None = batch  # until its structure has been checked
         self._text_values: npt.NDArray[np.int32]
         self._text_offsets: npt.NDArray[np.int32]
-        self.codes: npt.NDArray[np.uint16]
+        self.codes: dict[int, npt.NDArray[np.uint16]] = {}
 
     def check_structure_once(self) -> None:
         """Check the batch and take its views; SchemaError if it is damaged."""
@@ -175,7 +203,8 @@ class _MappedBatch:
             return
         check_structure(self._batch, where=str(self.path))
         self._text_values, self._text_offsets = text_id_arrays(self._batch)
-        self.codes = image_code_array(self._batch)
+        for grid in self.origin.grids:
+            self.codes[grid] = image_code_array(self._batch, name=code_column(grid, origin=self.origin))
         self._batch = None
 
     def text_ids(self, row: int) -> npt.NDArray[np.int32]:
@@ -197,14 +226,15 @@ def _map_batches(path: Path, *, origin: TokenOrigin) -> list[_MappedBatch]:
                 f"{path} was made with {name} {metadata.get(name)}, its folder's manifest says {value}; delete the "
                 "file and run tokenize_pairs again"
             )
-    return [_MappedBatch(batch, path=path) for batch in batches if len(batch)]
+    return [_MappedBatch(batch, path=path, origin=origin) for batch in batches if len(batch)]
 
 
 def _origin(manifest: dict[str, Any], *, folder: Path) -> TokenOrigin:
+    extra = {"other_grids": (), **manifest["extra"]}
     names = [field.name for field in fields(TokenOrigin)]
-    missing = [name for name in names if name not in manifest["extra"]]
+    missing = [name for name in names if name not in extra]
     if missing:
         raise ManifestError(
             f"{folder / MANIFEST_NAME} does not say {', '.join(missing)}; give the output folder of tokenize_pairs"
         )
-    return TokenOrigin(**{name: manifest["extra"][name] for name in names})
+    return TokenOrigin(**{name: extra[name] for name in names} | {"other_grids": tuple(extra["other_grids"])})

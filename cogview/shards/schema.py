@@ -4,9 +4,13 @@ In: an Arrow table from anywhere. Out: the same table, checked, or a SchemaError
 row. Image codes are uint16 (a codebook has at most 65,536 codes), text ids are the text tokenizer's own, without the
 vocabulary's offset. At 32x32 codes a row takes about 2.2 KB, so 30 million rows are about 65 GB, a quarter of what
 the paper's own format took.
+
+A folder may hold each picture at more than one size, for super-resolution: its main grid is the column `image_codes`,
+every other grid a column of its own, such as `image_codes_16`. With one grid there is nothing but `image_codes`.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +26,8 @@ SPLITS = ("train", "validation")
 class TokenOrigin:
     """What the rows of a folder were made with; it travels in the manifest and in each shard's own metadata.
 
-    text_tokenizer, image_tokenizer, vocabulary: fingerprints; grid: image codes along one side.
+    text_tokenizer, image_tokenizer, vocabulary: fingerprints; grid: image codes along one side; other_grids: the same
+    of the sizes that each picture was encoded at besides, in their order.
     """
 
     text_tokenizer: str
@@ -31,6 +36,7 @@ class TokenOrigin:
     num_image_codes: int
     num_text_pieces: int
     grid: int
+    other_grids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_image_codes <= MAX_IMAGE_CODES:
@@ -42,26 +48,47 @@ class TokenOrigin:
             raise SchemaError(
                 f"num_text_pieces is {self.num_text_pieces} and grid is {self.grid}; both must be at least 1"
             )
+        if min(self.grids) < 1 or len(set(self.grids)) < len(self.grids):
+            raise SchemaError(f"the grids are {list(self.grids)}; each must be at least 1 and be there once")
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """The main grid, then the others."""
+        return (self.grid, *self.other_grids)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The fields as a manifest holds them; with one grid there is no word of others."""
+        fields = asdict(self)
+        return fields if self.other_grids else {name: fields[name] for name in fields if name != "other_grids"}
 
     @property
     def metadata(self) -> dict[str, str]:
         """The same as strings, for an Arrow schema's metadata."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        grids = {"other_grids": ",".join(map(str, self.other_grids))} if self.other_grids else {}
+        return {name: str(value) for name, value in self.stored.items()} | grids
+
+
+def code_column(grid: int, *, origin: TokenOrigin) -> str:
+    """The name of the column that holds the codes of a grid."""
+    return "image_codes" if grid == origin.grid else f"image_codes_{grid}"
 
 
 def token_schema(origin: TokenOrigin) -> pa.Schema:
     """The columns of a shard, with its origin as metadata."""
+
+    def codes(grid: int) -> pa.Field:
+        kind = pa.list_(pa.field("item", pa.uint16(), nullable=False), grid**2)
+        return pa.field(code_column(grid, origin=origin), kind, nullable=False)
+
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
             pa.field("text", pa.string(), nullable=False),
             pa.field("text_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
-            pa.field(
-                "image_codes",
-                pa.list_(pa.field("item", pa.uint16(), nullable=False), origin.grid**2),
-                nullable=False,
-            ),
+            codes(origin.grid),
             pa.field("source", pa.string(), nullable=False),
+            *(codes(grid) for grid in origin.other_grids),
         ],
         metadata=origin.metadata,
     )
@@ -97,7 +124,9 @@ def check_tokens(batch: pa.RecordBatch, *, origin: TokenOrigin, where: str) -> N
     check_structure(batch, where=where)
     text_ids, offsets = text_id_arrays(batch)
     check_ids(text_ids[offsets[0] : offsets[-1]], limit=origin.num_text_pieces, name="text_ids", where=where)
-    check_ids(image_code_array(batch), limit=origin.num_image_codes, name="image_codes", where=where)
+    for grid in origin.grids:
+        name = code_column(grid, origin=origin)
+        check_ids(image_code_array(batch, name=name), limit=origin.num_image_codes, name=name, where=where)
 
 
 def check_ids(ids: npt.NDArray[np.int32] | npt.NDArray[np.uint16], *, limit: int, name: str, where: str) -> None:
@@ -110,9 +139,9 @@ def check_ids(ids: npt.NDArray[np.int32] | npt.NDArray[np.uint16], *, limit: int
         )
 
 
-def image_code_array(batch: pa.RecordBatch) -> npt.NDArray[np.uint16]:
-    """The codes of a batch as uint16 [rows, grid * grid], without a copy."""
-    column = batch.column("image_codes")
+def image_code_array(batch: pa.RecordBatch, *, name: str = "image_codes") -> npt.NDArray[np.uint16]:
+    """The codes of one grid of a batch (`code_column`) as uint16 [rows, grid * grid], without a copy."""
+    column = batch.column(name)
     codes: npt.NDArray[np.uint16] = column.flatten().to_numpy(zero_copy_only=True)
     return codes.reshape(len(batch), column.type.list_size)
 

@@ -4,8 +4,8 @@ In: rows of one split of one shard. Out: `<split>/shard-00042.arrow`, and its re
 Arrow IPC without compression, in one record batch, so that a reader maps it and takes rows without decoding any.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,32 @@ import pyarrow as pa
 
 from cogview.errors import SchemaError
 from cogview.shards.manifest import atomic_file, file_record
-from cogview.shards.schema import TokenOrigin, check_tokens, token_schema
+from cogview.shards.schema import TokenOrigin, check_tokens, code_column, token_schema
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One caption of one image. text_ids: ids of the text tokenizer; image_codes: uint16 [grid * grid] by rows."""
+    """One caption of one image.
+
+    text_ids: ids of the text tokenizer; image_codes: uint16 [grid * grid] by rows; other_codes: the same for each of
+    the origin's other grids.
+    """
 
     key: str
     text: str
     text_ids: npt.NDArray[np.int32]
     image_codes: npt.NDArray[np.uint16]
     source: str
+    other_codes: Mapping[int, npt.NDArray[np.uint16]] = field(default_factory=dict)
+
+    def codes(self, grid: int, *, origin: TokenOrigin) -> npt.NDArray[np.uint16]:
+        """The codes of one of the origin's grids, uint16 [grid * grid]. SchemaError if they are missing or strange."""
+        codes = self.image_codes if grid == origin.grid else self.other_codes.get(grid)
+        if codes is None or codes.dtype != np.uint16 or codes.shape != (grid**2,):
+            name = code_column(grid, origin=origin)
+            found = "missing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+            raise SchemaError(f"key {self.key!r}: {name} are {found}, a row of this grid has uint16 [{grid**2}]")
+        return codes
 
 
 def write_token_shard(path: Path, rows: Iterable[TokenRow], *, origin: TokenOrigin) -> dict[str, Any]:
@@ -45,22 +59,21 @@ def write_token_shard(path: Path, rows: Iterable[TokenRow], *, origin: TokenOrig
 def token_batch(rows: list[TokenRow], *, origin: TokenOrigin) -> pa.RecordBatch:
     """The rows as one Arrow batch. SchemaError if an image does not have grid * grid codes of type uint16."""
     schema = token_schema(origin)
-    for row in rows:
-        if row.image_codes.dtype != np.uint16 or row.image_codes.shape != (origin.grid**2,):
-            raise SchemaError(
-                f"key {row.key!r}: image_codes are {row.image_codes.dtype} {list(row.image_codes.shape)}, a row of "
-                f"this grid has uint16 [{origin.grid**2}]"
-            )
-    codes = np.concatenate([row.image_codes for row in rows]) if rows else np.empty(0, np.uint16)
     text_ids = np.concatenate([row.text_ids for row in rows]) if rows else np.empty(0, np.int32)
     if not np.issubdtype(text_ids.dtype, np.integer):
         raise SchemaError(f"text_ids are {text_ids.dtype}; they must be integers")
     offsets = np.cumsum([0, *(len(row.text_ids) for row in rows)], dtype=np.int32)
-    columns = [
-        pa.array([row.key for row in rows], pa.string()),
-        pa.array([row.text for row in rows], pa.string()),
-        pa.ListArray.from_arrays(offsets, pa.array(text_ids, pa.int32()), type=schema.field("text_ids").type),
-        pa.FixedSizeListArray.from_arrays(pa.array(codes, pa.uint16()), type=schema.field("image_codes").type),
-        pa.array([row.source for row in rows], pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    columns = {
+        "key": pa.array([row.key for row in rows], pa.string()),
+        "text": pa.array([row.text for row in rows], pa.string()),
+        "text_ids": pa.ListArray.from_arrays(
+            offsets, pa.array(text_ids, pa.int32()), type=schema.field("text_ids").type
+        ),
+        "source": pa.array([row.source for row in rows], pa.string()),
+    }
+    for grid in origin.grids:
+        name = code_column(grid, origin=origin)
+        codes = [row.codes(grid, origin=origin) for row in rows]
+        values = pa.array(np.concatenate(codes) if codes else np.empty(0, np.uint16), pa.uint16())
+        columns[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)

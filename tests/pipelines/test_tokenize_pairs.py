@@ -1,6 +1,7 @@
 """Pairs to token rows, with real tokenizers: accounting, the split, resumption, and what is refused."""
 
 import hashlib
+import io
 import pickle
 import shutil
 from dataclasses import replace
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from cogview.config import config_digest, digest_of
 from cogview.errors import ConfigError, ManifestError
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
@@ -19,7 +22,7 @@ from cogview.shards.manifest import ShardEntry, read_manifest
 from cogview.shards.reader import TokenRows, TokenShards
 from cogview.shards.schema import SPLITS
 from cogview.tokenizers.codebook import CodebookConfig
-from cogview.tokenizers.pixels import pixel_batch, square_pixels
+from cogview.tokenizers.pixels import CropConfig, cut_square, pixel_batch, square_pixels
 from cogview.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
@@ -86,7 +89,7 @@ def tokenize_shard(config: Config, output: Path, *, shard: int = 0) -> ShardEntr
     work = TokenizeShard(
         config=config,
         inputs=inputs,
-        origin=token_origin(inputs, image_size=config.image_size),
+        origin=token_origin(inputs, image_sizes=config.image_sizes),
         threshold=int(config.validation_fraction * HASH_RANGE),
         output=output,
     )
@@ -215,6 +218,70 @@ def test_batches_do_not_mix_up_images_and_captions(tmp_path: Path, inputs: Confi
 
 
 @pytest.mark.ray
+def test_a_picture_at_several_sizes_has_the_codes_of_each(root: Path, inputs: Config) -> None:
+    single, several = run(inputs, root), run(replace(inputs, other_image_sizes=(16, 48)), root)
+    assert several.output != single.output
+    shards = TokenShards.open(several.output, deep=True)
+    assert (shards.grid, shards.other_grids) == (4, (2, 6))
+    rows = shards.rows(np.arange(len(shards)), other_grids=(2, 6))
+    alone = all_rows(single.output, "train")
+    assert (rows.keys, rows.texts) == (alone.keys, alone.texts)
+    assert np.array_equal(rows.image_codes, alone.image_codes)
+    image = ImageTokenizer.load(inputs.image_tokenizer)
+    originals = {pair.key: pair for shard, n in enumerate(NUM_PAIRS) for pair in make_pairs(n, shard=shard)}
+    for grid, size in ((2, 16), (6, 48)):
+        for key, codes in zip(rows.keys, rows.other_codes[grid], strict=True):
+            picture = decode_image(originals[key].image_bytes)
+            assert not isinstance(picture, Unusable)
+            expected = image.encode(pixel_batch([square_pixels(picture, image_size=size)]))
+            assert codes.tolist() == expected.flatten().tolist()
+
+
+def test_settings_that_came_later_leave_older_output_where_it_was(inputs: Config) -> None:
+    """The digest of the first release's fields alone; a change means that finished runs tokenize and train again."""
+    config = Config(image_size=64, validation_fraction=0.05)
+    first = {"class": "Config", "image_size": 64, "validation_fraction": 0.05, "max_characters": 2000, "batch_size": 32}
+    assert config_digest(config, inputs={}) == digest_of({"config": first, "inputs": {}})
+    for change in ({"other_image_sizes": (32,)}, {"crop": CropConfig(place="random")}):
+        assert config_digest(replace(config, **change), inputs={}) != config_digest(config, inputs={})
+
+
+def test_random_squares_are_the_same_for_a_key_whatever_the_batch_and_the_threads(
+    tmp_path: Path, inputs: Config
+) -> None:
+    noise = Image.effect_noise((70, 50), 120).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, format="PNG")
+    pairs = [replace(pair, image_bytes=buffer.getvalue()) for pair in make_pairs(9) if isinstance(pair, TextImagePair)]
+    folder = write_pair_folder(tmp_path / "pairs", [pairs])
+
+    def tokens(name: str, **change: object) -> dict[str, str]:
+        crop = CropConfig(place="random", smallest=0.5)
+        tokenize_shard(replace(inputs, pairs=folder, **({"crop": crop} | change)), tmp_path / name)
+        return arrow_bytes(tmp_path / name)
+
+    once = tokens("once", other_image_sizes=(16,))
+    assert once == tokens("again", other_image_sizes=(16,), decode_threads=3, batch_size=7)
+    assert once != tokens("seed", other_image_sizes=(16,), crop=CropConfig(place="random", smallest=0.5, seed=1))
+
+
+def test_a_random_square_is_the_same_part_of_the_picture_at_every_size() -> None:
+    ramp = np.linspace(0, 255, 96).astype(np.uint8)
+    picture = Image.fromarray(
+        np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:64, None], (1, 96)), np.zeros((64, 96))], 2).astype(np.uint8)
+    )
+    crop = CropConfig(place="random", smallest=0.4)
+    corners = []
+    for number in range(50):
+        large, small = (cut_square(picture, image_size=size, crop=crop, key=f"key{number}") for size in (32, 8))
+        assert np.abs(large.reshape(8, 4, 8, 4, 3).mean((1, 3)) - small).max() < 4
+        corners.append((large[0, 0, 0], large[0, 0, 1], large[0, -1, 0] - int(large[0, 0, 0])))
+    across, down, width = np.array(corners, np.int64).T
+    assert min(across.std(), down.std(), width.std()) > 15  # places and sides differ
+    assert width.max() <= 64 * 255 / 95
+
+
+@pytest.mark.ray
 def test_a_tiny_corpus_holds_out_the_pair_with_the_lowest_hash(tmp_path: Path, root: Path, inputs: Config) -> None:
     folder = write_pair_folder(tmp_path / "pairs", [make_pairs(3), make_pairs(2, shard=1)])
     done = run(replace(inputs, pairs=folder, validation_fraction=1e-6), root)
@@ -272,6 +339,9 @@ def test_an_image_size_that_does_not_fit_the_tokenizer_is_refused(root: Path, in
         {"image_size": 0},
         {"batch_size": 0},
         {"device": "tpu"},
+        {"other_image_sizes": (16, 16)},
+        {"other_image_sizes": (32,)},
+        {"other_image_sizes": (0,)},
     ],
 )
 def test_settings_that_cannot_work_are_refused(inputs: Config, change: dict[str, float]) -> None:
@@ -292,6 +362,10 @@ def test_a_damaged_tar_is_named(tmp_path: Path, root: Path, inputs: Config) -> N
 def test_presets_give_the_grids_of_the_paper_and_of_the_smoke_run() -> None:
     assert PRESETS["paper"].image_size // 8 == 32
     assert PRESETS["smoke"].image_size // 8 == 8
+    grids = {name: [size // 8 for size in preset.image_sizes] for name, preset in PRESETS.items()}
+    assert grids["super_resolution"] == [32, 16]
+    assert grids["cogview2"] == [20, 60]
+    assert grids["super_resolution_smoke"] == [8, 4]
 
 
 def test_pixels_are_the_middle_square_scaled_up_or_down() -> None:
