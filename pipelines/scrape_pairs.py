@@ -2,6 +2,7 @@
 
 Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (contact)"
          python -m pipelines scrape_pairs paper --table urls.parquet
+         python -m pipelines scrape_pairs paper --table "s3://bucket/laion/part-*.parquet" captions.tsv
 Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
 Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
 Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fast as its politeness allows
@@ -28,7 +29,8 @@ from cogview.records.images import ImageSettings
 from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import MAX_SHARD_ROWS, write_pair_shard
 from cogview.records.scraping import scrape_pairs
-from cogview.records.tables import inspect_table, read_table
+from cogview.records.sources import find_tables
+from cogview.records.tables import inspect_table, read_table, require_captions
 from cogview.scenes.site import DemoSite, SiteConfig
 from cogview.shards.manifest import ShardEntry, atomic_file, file_record
 from pipelines.runtime.cluster import usable_cpus
@@ -46,16 +48,18 @@ DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
 class Config:
     """What to scrape (one of demo, pages, table) and how.
 
-    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and captions
-    (`image_column` and `caption_fields` if they have unusual names); shard_size: candidates to a shard; image: how
+    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and
+    captions, as files, folders, patterns or remote addresses (`image_column` and `caption_fields` if they have unusual
+    names, `extra_columns` to keep besides those about author and licence); shard_size: candidates to a shard; image: how
     pictures are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
     """
 
     demo: SiteConfig | None = None
     pages: tuple[str, ...] = ()
-    table: Path | None = input_field(default=None)
+    table: tuple[str, ...] = input_field(default=())
     image_column: str = ""
     caption_fields: tuple[str, ...] = ()
+    extra_columns: tuple[str, ...] = ()
     max_pages: int = 10_000
     shard_size: int = 10_000
     image: ImageSettings = field(default_factory=ImageSettings)
@@ -117,8 +121,8 @@ def open_source(config: Config) -> Iterator[FetchSettings]:
 
 def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> None:
     """Write `candidates.parquet`, from the table or by walking the pages."""
-    if config.table is not None:
-        candidates: Iterator[Candidate] = read_url_table(config, config.table)
+    if config.table:
+        candidates = read_url_tables(config)
     else:
         found = asyncio.run(walk(config, fetch=fetch, run=run))
         write_pages(found, run.output / PAGES_NAME)
@@ -132,14 +136,20 @@ def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> Non
             raise ConfigError("no image was found to scrape; check the start pages, robots.txt and the table")
 
 
-def read_url_table(config: Config, table: Path) -> Iterator[Candidate]:
-    """The rows of a table of URLs. ConfigError if it lists local files."""
-    columns = inspect_table(table, image_column=config.image_column, caption_fields=config.caption_fields)
-    if not columns.is_web:
-        raise ConfigError(
-            f"table: {table} lists files in column {columns.image}, no URLs; import_pairs --data reads it"
+def read_url_tables(config: Config) -> Iterator[Candidate]:
+    """The rows of all tables of URLs. ConfigError if one lists local files, or has no captions."""
+    for table in find_tables(config.table):
+        columns = inspect_table(
+            table.address,
+            image_column=config.image_column,
+            caption_fields=config.caption_fields,
+            extra_columns=config.extra_columns,
         )
-    return read_table(table, columns)
+        if not columns.is_web:
+            raise ConfigError(
+                f"table: {table.address} lists files in column {columns.image}, no URLs; import_pairs --data reads it"
+            )
+        yield from read_table(table.address, require_captions(columns, path=table.address))
 
 
 async def walk(config: Config, *, fetch: FetchSettings, run: JobRun) -> Crawl:

@@ -7,25 +7,26 @@ hosts. A fetch never raises for what a server does; it answers with a reason cod
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
 from yarl import URL
 
 from cogview.config import runtime_field
 from cogview.errors import ConfigError
+from cogview.records.opt_out import OptOut
+from cogview.records.pace import HostGate
 from cogview.records.pair import Unusable
 from cogview.records.responses import read_body, retry_after_s
 from cogview.records.robots import (
     ROBOTS_BYTES,
+    Reservations,
     RobotRules,
+    parse_reservations,
     parse_robots,
     product_token,
     tag_forbids_training,
@@ -41,8 +42,6 @@ from cogview.records.urls import (
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-MAX_CRAWL_DELAY_S = 60.0
-_SMOOTHING_S = 0.05  # above 20 requests a second the pace is kept over windows of this length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,8 @@ class FetchSettings:
     host_rate: requests per second to one host; host_connections: at once to one host; connections: at once in all;
     sharers: fetchers that work at the same time, who have these limits and a site's crawl delay together;
     total_s, read_s: deadlines of one attempt and of one silence, seconds; max_bytes: of the decompressed body;
-    max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks.
+    max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks;
+    ask_ai_txt, ask_tdmrep: ask each site for /ai.txt and /.well-known/tdmrep.json too, and keep to them.
     """
 
     user_agent: str = "CogViewBot/0.1"
@@ -67,6 +67,8 @@ class FetchSettings:
     max_redirects: int = 5
     max_attempts: int = 3
     max_wait_s: float = 30.0
+    ask_ai_txt: bool = True
+    ask_tdmrep: bool = True
     policy: AddressPolicy = field(default_factory=AddressPolicy)
 
     def __post_init__(self) -> None:
@@ -100,6 +102,23 @@ class _Transient:
 @dataclass(frozen=True, kw_only=True)
 class _Redirect:
     location: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRules:
+    """What the site at one origin says about all of its URLs. ai: its ai.txt."""
+
+    robots: RobotRules
+    ai: RobotRules | None = None
+    reservations: Reservations = field(default_factory=Reservations)
+
+    def refuse(self, url: str) -> Unusable | None:
+        """Why this normalised URL of the site must be left alone, or None."""
+        if not self.robots.allows(url):
+            return Unusable("robots_disallowed")
+        if self.ai is not None and not self.ai.allows(url):
+            return Unusable("ai_txt_disallowed")
+        return Unusable("tdm_reserved", "tdmrep.json") if self.reservations.reserves(url) else None
 
 
 # What the client raises, first match first. Details stay out: they name ports and depend on timing.
@@ -142,10 +161,11 @@ class PolicyResolver(AbstractResolver):
 class Fetcher:
     """An open client; use it as an async context manager. One event loop, any number of tasks."""
 
-    def __init__(self, settings: FetchSettings) -> None:
+    def __init__(self, settings: FetchSettings, *, opt_out: OptOut | None = None) -> None:
         self.settings = settings
+        self._opt_out = opt_out or OptOut()
         self._product = product_token(settings.user_agent)
-        self._robots: dict[str, asyncio.Task[RobotRules | Unusable]] = {}
+        self._rules: dict[str, asyncio.Task[SiteRules | Unusable]] = {}
         self._hosts: dict[str, HostGate] = {}
         self._connections = asyncio.Semaphore(max(1, settings.connections // settings.sharers))
 
@@ -168,28 +188,42 @@ class Fetcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._robots.values():
+        for task in self._rules.values():
             task.cancel()
-        await asyncio.gather(*self._robots.values(), return_exceptions=True)
+        await asyncio.gather(*self._rules.values(), return_exceptions=True)
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched | Unusable:
         """The body behind a URL if its site lets us have it.
 
-        Reasons: those of `normalise_url` and `refuse_url`, robots_disallowed, robots_unavailable, robots_tag,
-        tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed, tls_failed, timeout, bad_response,
-        body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit, redirect_downgrade.
+        Reasons: those of `normalise_url` and `refuse_url`, opted_out, robots_disallowed, robots_unavailable,
+        robots_tag, ai_txt_disallowed, tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed,
+        tls_failed, timeout, bad_response, body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit,
+        redirect_downgrade.
         """
         return await self._follow(url, cap=self.settings.max_bytes, truncate=False, ask_robots=True)
 
-    async def rules_of(self, url: str) -> RobotRules | Unusable:
-        """The robots rules of a normalised URL's origin, asked for once."""
+    async def rules_of(self, url: str) -> SiteRules | Unusable:
+        """The rules of a normalised URL's origin, asked for once."""
         origin = origin_of(url)
-        if origin not in self._robots:
-            self._robots[origin] = asyncio.create_task(self._load_rules(origin))
-        return await asyncio.shield(self._robots[origin])
+        if origin not in self._rules:
+            self._rules[origin] = asyncio.create_task(self._load_rules(origin))
+        return await asyncio.shield(self._rules[origin])
 
-    async def _load_rules(self, origin: str) -> RobotRules | Unusable:
+    async def _load_rules(self, origin: str) -> SiteRules | Unusable:
+        robots = await self._load_robots(origin)
+        if isinstance(robots, Unusable):
+            return robots
+        self._gate(origin).slow_down(robots.crawl_delay)
+        ai = await self._optional(f"{origin}/ai.txt") if self.settings.ask_ai_txt else b""
+        tdmrep = await self._optional(f"{origin}/.well-known/tdmrep.json") if self.settings.ask_tdmrep else b""
+        return SiteRules(
+            robots=robots,
+            ai=parse_robots(ai, product=self._product) if ai else None,
+            reservations=parse_reservations(tdmrep),
+        )
+
+    async def _load_robots(self, origin: str) -> RobotRules | Unusable:
         answer = await self._follow(f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
         if isinstance(answer, Fetched):
             return parse_robots(answer.body, product=self._product)
@@ -199,6 +233,12 @@ class Fetcher:
         if answer.reason.startswith("http_"):
             return Unusable("robots_unavailable", answer.reason)  # 2.3.1.4: assume that everything is disallowed
         return answer
+
+    async def _optional(self, url: str) -> bytes:
+        """The body of a file that most sites do not have; a page in its place says nothing."""
+        answer = await self._follow(url, cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
+        is_file = isinstance(answer, Fetched) and "html" not in answer.content_type.lower()
+        return answer.body if isinstance(answer, Fetched) and is_file else b""
 
     async def _follow(self, url: str, *, cap: int, truncate: bool, ask_robots: bool) -> Fetched | Unusable:
         current = normalise_url(url)
@@ -221,11 +261,10 @@ class Fetcher:
         refused = refuse_url(url, self.settings.policy)
         if refused is not None or not ask_robots:
             return refused
+        if self._opt_out.has_url(url):
+            return Unusable("opted_out")
         rules = await self.rules_of(url)
-        if isinstance(rules, Unusable):
-            return rules
-        self._gate(url).slow_down(rules.crawl_delay)
-        return None if rules.allows(url) else Unusable("robots_disallowed")
+        return rules if isinstance(rules, Unusable) else rules.refuse(url)
 
     async def _attempts(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect:
         retrying = AsyncRetrying(
@@ -271,41 +310,14 @@ class Fetcher:
             return Unusable("tdm_reserved")
         return None
 
-    def _gate(self, url: str) -> "HostGate":
+    def _gate(self, url: str) -> HostGate:
         host, _ = host_and_port(url)
         if host not in self._hosts:
-            self._hosts[host] = HostGate(self.settings)
+            limits = self.settings
+            self._hosts[host] = HostGate(
+                rate=limits.host_rate, connections=limits.host_connections, sharers=limits.sharers
+            )
         return self._hosts[host]
-
-
-class HostGate:
-    """Lets requests to one host through at its pace."""
-
-    def __init__(self, settings: FetchSettings) -> None:
-        self._sharers = settings.sharers
-        self._slots = asyncio.Semaphore(max(1, settings.host_connections // settings.sharers))
-        self._rate = settings.host_rate / settings.sharers
-        self._pace = _limiter(self._rate)
-
-    def slow_down(self, crawl_delay: float) -> None:
-        """Keep at least this many seconds (a minute at most) between two requests of all sharers together."""
-        if crawl_delay <= 0:
-            return
-        rate = 1.0 / (min(crawl_delay, MAX_CRAWL_DELAY_S) * self._sharers)
-        if rate < self._rate:  # asked again with every URL: a new limiter each time would let each of them go at once
-            self._rate = rate
-            self._pace = _limiter(rate)
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        async with self._slots:
-            await self._pace.acquire()
-            yield
-
-
-def _limiter(rate: float) -> AsyncLimiter:
-    burst = max(1.0, rate * _SMOOTHING_S)
-    return AsyncLimiter(burst, burst / rate)
 
 
 def _resolved(host: str, address: str, port: int) -> ResolveResult:
