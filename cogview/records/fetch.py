@@ -7,6 +7,8 @@ hosts. A fetch never raises for what a server does; it answers with a reason cod
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -18,7 +20,7 @@ from yarl import URL
 
 from cogview.config import runtime_field
 from cogview.errors import ConfigError
-from cogview.records.opt_out import OptOut
+from cogview.records.opt_out import OPTED_OUT, OptOut
 from cogview.records.pace import HostGate
 from cogview.records.pair import Unusable
 from cogview.records.responses import read_body, retry_after_s
@@ -41,6 +43,8 @@ from cogview.records.urls import (
 )
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+LARGE_BODIES = 4  # large bodies in memory at a time, for each fetcher
+OnLarge = Callable[[], Awaitable[None]]
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -132,6 +136,20 @@ _OUTCOMES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Unusable |
 )
 
 
+class _LargeSlot:
+    """One of the few places for large bodies, taken when a body turns out to be one; given back when `hold` is left."""
+
+    def __init__(self, slots: asyncio.Semaphore, hold: AsyncExitStack) -> None:
+        self._slots = slots
+        self._hold = hold
+        self._is_taken = False
+
+    async def take(self) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            await self._hold.enter_async_context(self._slots)
+
+
 class AddressRefusedError(OSError):
     """A name that resolves to an address which the policy refuses."""
 
@@ -163,10 +181,11 @@ class Fetcher:
 
     def __init__(self, settings: FetchSettings, *, opt_out: OptOut | None = None) -> None:
         self.settings = settings
-        self._opt_out = opt_out or OptOut()
+        self.opt_out = opt_out or OptOut()
         self._product = product_token(settings.user_agent)
         self._rules: dict[str, asyncio.Task[SiteRules | Unusable]] = {}
         self._hosts: dict[str, HostGate] = {}
+        self._large = asyncio.Semaphore(LARGE_BODIES)
         self._connections = asyncio.Semaphore(max(1, settings.connections // settings.sharers))
 
     async def __aenter__(self) -> Self:
@@ -193,15 +212,21 @@ class Fetcher:
         await asyncio.gather(*self._rules.values(), return_exceptions=True)
         await self._session.close()
 
-    async def fetch(self, url: str) -> Fetched | Unusable:
+    async def fetch(self, url: str, *, hold: AsyncExitStack | None = None) -> Fetched | Unusable:
         """The body behind a URL if its site lets us have it.
+
+        hold: is left when the body is no longer needed, so that few large bodies are in memory at a time.
 
         Reasons: those of `normalise_url` and `refuse_url`, opted_out, robots_disallowed, robots_unavailable,
         robots_tag, ai_txt_disallowed, tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed,
         tls_failed, timeout, bad_response, body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit,
         redirect_downgrade.
         """
-        return await self._follow(url, cap=self.settings.max_bytes, truncate=False, ask_robots=True)
+        async with AsyncExitStack() as own:
+            large = _LargeSlot(self._large, hold or own)
+            return await self._follow(
+                url, cap=self.settings.max_bytes, truncate=False, ask_robots=True, on_large=large.take
+            )
 
     async def rules_of(self, url: str) -> SiteRules | Unusable:
         """The rules of a normalised URL's origin, asked for once."""
@@ -224,7 +249,9 @@ class Fetcher:
         )
 
     async def _load_robots(self, origin: str) -> RobotRules | Unusable:
-        answer = await self._follow(f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
+        answer = await self._follow(
+            f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False, on_large=_nothing
+        )
         if isinstance(answer, Fetched):
             return parse_robots(answer.body, product=self._product)
         unavailable = answer.reason.startswith("http_4") and answer.reason != "http_429"
@@ -236,11 +263,16 @@ class Fetcher:
 
     async def _optional(self, url: str) -> bytes:
         """The body of a file that most sites do not have; a page in its place says nothing."""
-        answer = await self._follow(url, cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
+        answer = await self._small_file(url)
         is_file = isinstance(answer, Fetched) and "html" not in answer.content_type.lower()
         return answer.body if isinstance(answer, Fetched) and is_file else b""
 
-    async def _follow(self, url: str, *, cap: int, truncate: bool, ask_robots: bool) -> Fetched | Unusable:
+    async def _small_file(self, url: str) -> Fetched | Unusable:
+        return await self._follow(url, cap=ROBOTS_BYTES, truncate=True, ask_robots=False, on_large=_nothing)
+
+    async def _follow(
+        self, url: str, *, cap: int, truncate: bool, ask_robots: bool, on_large: OnLarge
+    ) -> Fetched | Unusable:
         current = normalise_url(url)
         for _ in range(self.settings.max_redirects + 1):
             if isinstance(current, Unusable):
@@ -248,7 +280,7 @@ class Fetcher:
             refused = await self._refuse(current, ask_robots=ask_robots)
             if refused is not None:
                 return refused
-            answer = await self._attempts(current, cap=cap, truncate=truncate)
+            answer = await self._attempts(current, cap=cap, truncate=truncate, on_large=on_large)
             if not isinstance(answer, _Redirect):
                 return answer
             target = normalise_url(answer.location, base=current)
@@ -261,12 +293,14 @@ class Fetcher:
         refused = refuse_url(url, self.settings.policy)
         if refused is not None or not ask_robots:
             return refused
-        if self._opt_out.has_url(url):
-            return Unusable("opted_out")
+        if self.opt_out.has_url(url):
+            return Unusable(OPTED_OUT)
         rules = await self.rules_of(url)
         return rules if isinstance(rules, Unusable) else rules.refuse(url)
 
-    async def _attempts(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect:
+    async def _attempts(
+        self, url: str, *, cap: int, truncate: bool, on_large: OnLarge
+    ) -> Fetched | Unusable | _Redirect:
         retrying = AsyncRetrying(
             retry=retry_if_result(lambda result: isinstance(result, _Transient)),
             stop=stop_after_attempt(self.settings.max_attempts),
@@ -274,7 +308,7 @@ class Fetcher:
             retry_error_callback=_last_result,
         )
         result: Fetched | Unusable | _Redirect | _Transient = await retrying(
-            self._attempt, url, cap=cap, truncate=truncate
+            self._attempt, url, cap=cap, truncate=truncate, on_large=on_large
         )
         return result.outcome if isinstance(result, _Transient) else result
 
@@ -283,7 +317,9 @@ class Fetcher:
         pause = 0.5 * 2.0**state.attempt_number if asked is None else asked
         return min(max(pause, 0.1), self.settings.max_wait_s)
 
-    async def _attempt(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect | _Transient:
+    async def _attempt(
+        self, url: str, *, cap: int, truncate: bool, on_large: OnLarge
+    ) -> Fetched | Unusable | _Redirect | _Transient:
         get = self._session.get
         try:
             async with (
@@ -291,7 +327,13 @@ class Fetcher:
                 self._connections,
                 get(URL(url, encoded=True), allow_redirects=False) as response,
             ):
-                return self._judge_head(response) or await _read_fetched(url, response, cap=cap, truncate=truncate)
+                refused = self._judge_head(response)
+                if refused is not None:
+                    return refused
+                body = await read_body(response, cap=cap, truncate=truncate, on_large=on_large)
+                if isinstance(body, Unusable):
+                    return body
+                return Fetched(url=url, body=body, content_type=response.headers.get("Content-Type", ""))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return _outcome_of(error)
 
@@ -337,8 +379,5 @@ def _outcome_of(error: Exception) -> Unusable | _Transient:
     return next(outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds))
 
 
-async def _read_fetched(url: str, response: aiohttp.ClientResponse, *, cap: int, truncate: bool) -> Fetched | Unusable:
-    body = await read_body(response, cap=cap, truncate=truncate)
-    if isinstance(body, Unusable):
-        return body
-    return Fetched(url=url, body=body, content_type=response.headers.get("Content-Type", ""))
+async def _nothing() -> None:
+    """A capped small file needs no place of its own."""

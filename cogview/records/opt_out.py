@@ -17,6 +17,7 @@ from cogview.locations import find_files, open_decompressed
 from cogview.records.pair import Unusable
 from cogview.records.urls import normalise_url
 
+OPTED_OUT = "opted_out"  # the reason of what is left out
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 _SHA256 = re.compile(r"^(?:sha256:)?([0-9a-f]{64})$")
 _DOMAIN = re.compile(r"^[^\s/:@?#]+\.[^\s/:@?#]+$")

@@ -143,11 +143,21 @@ def _image_column(address: str, names: Sequence[str], rows: Sequence[Row], given
         return given
     by_lower = {name.strip().lower(): name for name in reversed(names)}
     usual = next((by_lower[name] for name in IMAGE_COLUMNS if name in by_lower), "")
-    looking = next((name for name in names if _has_image([str(row.get(name, "")) for row in rows])), "")
+    looking = _most_like_images(names, rows)
     if given or not (usual or looking):
         wanted = f"no column {given}" if given else "no column of image URLs or paths"
         raise ConfigError(f"image_column: {address} has {wanted}; its columns are {', '.join(names)}")
     return usual or looking
+
+
+def _most_like_images(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The column with the most addresses, else with the most names of pictures: captions may be file names too."""
+    scores = {}
+    for name in names:
+        values = [str(row.get(name, "")).strip() for row in rows]
+        scores[name] = (sum(bool(_WEB.match(value)) for value in values), sum(_has_image([value]) for value in values))
+    best = max(scores, key=scores.__getitem__, default="")
+    return best if best and any(scores[best]) else ""
 
 
 def _text(value: object) -> object:

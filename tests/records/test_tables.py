@@ -305,3 +305,10 @@ def test_a_column_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, monkeypat
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     with pytest.raises(ConfigError, match=r"column caption takes .* smaller row groups"):
         inspect_table(tmp_path / "t.parquet")
+
+
+def test_captions_that_are_file_names_are_no_column_of_images(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "IMG_1234.jpg\thttp://a.org/1.jpg\nhttp://b.org\thttp://a.org/2.jpg\n")
+    assert inspect_table(path).image == "column_2"
+    path = write(tmp_path / "u.tsv", "a dog\ta.png\nDSC_1.jpg\tb.png\n")
+    assert inspect_table(path).image == "column_2"
