@@ -17,7 +17,10 @@ ROLE = "role"
 
 
 def input_field(**kwargs: Any) -> Any:
-    """A dataclass field that names an input path. In the digest it stands for the digest of what lies there."""
+    """A dataclass field that names an input: a path, or a tuple of paths, patterns and remote addresses.
+
+    In the digest it stands for the digest of what lies there.
+    """
     return dataclasses.field(metadata={ROLE: "input"}, **kwargs)
 
 
@@ -68,9 +71,9 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def input_paths(config: Any, *, prefix: str = "") -> dict[str, Path | None]:
-    """Every input field of the config tree: field path -> path."""
-    found: dict[str, Path | None] = {}
+def input_paths(config: Any, *, prefix: str = "") -> dict[str, Path | tuple[str, ...] | None]:
+    """Every input field of the config tree: field path -> path, or the addresses that it names."""
+    found: dict[str, Path | tuple[str, ...] | None] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = f"{prefix}.{field.name}" if prefix else field.name

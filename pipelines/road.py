@@ -16,6 +16,7 @@ import tyro
 
 from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
+from cogview.locations import addresses_of
 from cogview.records.sources import detect_source
 from cogview.records.tables import inspect_table
 from cogview.shards.manifest import atomic_file
@@ -47,7 +48,7 @@ class Config:
     to run, for those who want its output only.
     """
 
-    data: Path | None = input_field(default=None)
+    data: tuple[str, ...] = input_field(default=())
     caption_columns: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--captions", "--caption-fields"))] = ()
     image_column: str = ""
     until: str = runtime_field("")
@@ -107,7 +108,7 @@ def main(config: Config, *, order: Order, command: str) -> list[str]:
 def plan_stages(config: Config) -> list[ChainStage]:
     """The jobs in their order, and which output each of them reads."""
     source = first_stage(config)
-    has_demo = config.data is None and config.scrape_pairs.demo is not None
+    has_demo = not config.data and config.scrape_pairs.demo is not None
     models = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
     generate = config.generate if has_demo else _for_own_data(config.generate)
     stages = [
@@ -137,12 +138,12 @@ def plan_stages(config: Config) -> list[ChainStage]:
 def first_stage(config: Config) -> ChainStage:
     """Where the pairs come from: the web, or files. ConfigError when the data is none of the kinds that we read."""
     columns: dict[str, Any] = {"caption_fields": _words(config.caption_columns), "image_column": config.image_column}
-    if config.data is None:
+    if not config.data:
         if any(columns.values()):
             raise ConfigError("caption_columns, image_column: these are columns of your own data; give --data too")
         return ChainStage(job=scraping.JOB, config=config.scrape_pairs)
-    is_table = detect_source(config.data) == "table"
-    if is_table and inspect_table(config.data, **columns).is_web:
+    source = detect_source(config.data)
+    if source.kind == "table" and inspect_table(source.files[0].address, **columns).is_web:
         table = replace(config.scrape_pairs, demo=None, pages=(), table=config.data, **columns)
         return ChainStage(job=scraping.JOB, config=table)
     return ChainStage(job=importing.JOB, config=replace(config.import_pairs, data=config.data, **columns))
@@ -167,7 +168,13 @@ def _words(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _source(config: Config) -> str:
-    return str(config.data) if config.data else "demo site" if config.scrape_pairs.demo else "web pages"
+    return (
+        ", ".join(addresses_of(config.data))
+        if config.data
+        else "demo site"
+        if config.scrape_pairs.demo
+        else "web pages"
+    )
 
 
 def _chain_bytes(root: Path) -> bytes:

@@ -2,6 +2,8 @@
 
 Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (contact)"
          python -m pipelines scrape_pairs paper --table urls.parquet
+         python -m pipelines scrape_pairs paper --table "s3://bucket/laion/part-*.parquet" captions.tsv
+         python -m pipelines scrape_pairs paper --retry runs/paper/scrape_pairs/0123456789ab
 Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
 Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
 Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fast as its politeness allows
@@ -9,8 +11,9 @@ Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fa
 
 import asyncio
 import contextlib
+import shutil
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,12 +28,16 @@ from cogview.records.candidates import Candidate, count_candidates, read_candida
 from cogview.records.crawl import Crawl, crawl
 from cogview.records.fetch import Fetcher, FetchSettings
 from cogview.records.images import ImageSettings
+from cogview.records.opt_out import read_opt_out
 from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import MAX_SHARD_ROWS, write_pair_shard
+from cogview.records.retrying import RETRYABLE_REASONS, merge_outcomes, read_statuses, rows_to_retry
 from cogview.records.scraping import scrape_pairs
-from cogview.records.tables import inspect_table, read_table
+from cogview.records.sources import find_tables
+from cogview.records.tables import inspect_table, read_table, require_captions
+from cogview.records.tars import read_pairs
 from cogview.scenes.site import DemoSite, SiteConfig
-from cogview.shards.manifest import ShardEntry, atomic_file, file_record
+from cogview.shards.manifest import ShardEntry, atomic_file, file_record, read_manifest
 from pipelines.runtime.cluster import usable_cpus
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
@@ -44,19 +51,26 @@ DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to scrape (one of demo, pages, table) and how.
+    """What to scrape (one of demo, pages, table, retry) and how.
 
-    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and captions
-    (`image_column` and `caption_fields` if they have unusual names); shard_size: candidates to a shard; image: how
-    pictures are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
+    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and
+    captions, as files, folders, patterns or remote addresses (`image_column` and `caption_fields` if they have unusual
+    names, `extra_columns` to keep besides those about author and licence); retry: the output of an earlier scrape,
+    whose rows that failed for one of `retry_reasons` are asked for again, and whose other rows are taken over; opt_out:
+    lists of URLs, domains and sha256 of images to leave alone; shard_size: candidates to a shard; image: how pictures
+    are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
     """
 
     demo: SiteConfig | None = None
     pages: tuple[str, ...] = ()
-    table: Path | None = input_field(default=None)
+    table: tuple[str, ...] = input_field(default=())
     image_column: str = ""
     caption_fields: tuple[str, ...] = ()
+    extra_columns: tuple[str, ...] = ()
     max_pages: int = 10_000
+    retry: Path | None = input_field(default=None)
+    retry_reasons: tuple[str, ...] = RETRYABLE_REASONS
+    opt_out: tuple[str, ...] = input_field(default=())
     shard_size: int = 10_000
     image: ImageSettings = field(default_factory=ImageSettings)
     fetch: FetchSettings = field(default_factory=FetchSettings)
@@ -85,22 +99,35 @@ PRESETS: dict[str, Config] = {
 def main(config: Config, run: JobRun) -> None:
     """List the candidates, fetch them shard by shard, and count what became of each."""
     check_source(config)
+    read_opt_out(config.opt_out)  # a list that cannot be read is better known before the first request
     candidates = run.output / CANDIDATES_NAME
     with open_source(config) as fetch:
         if not candidates.exists():
             list_candidates(config, fetch=fetch, run=run)
         workers = config.workers or usable_cpus()  # never left to Ray: the limits of a host are divided by it
-        work = partial(scrape_shard, output=run.output, config=config, fetch=replace(fetch, sharers=workers))
+        scrape = scrape_shard if config.retry is None else retry_shard
+        work = partial(scrape, output=run.output, config=config, fetch=replace(fetch, sharers=workers))
         entries = run_shards(work, plan_shards(candidates), folder=run.output, run=run, workers=workers)
+    if config.retry is not None:
+        retried, recovered = (sum(entry.extra[name] for entry in entries) for name in ("retried", "recovered"))
+        run.scores.update({"retried": retried, "recovered": recovered})
+        run.say(f"{recovered:,} of {retried:,} rows that had failed are pairs now")
     close_folder(run, entries, extra={"image_size": config.image.image_size, "stage": "scrape_pairs"})
 
 
 def check_source(config: Config) -> None:
-    """ConfigError unless exactly one of demo, pages and table is given."""
-    given = [name for name in ("demo", "pages", "table") if getattr(config, name)]
+    """ConfigError unless exactly one of demo, pages, table and retry is given, and the retry fits."""
+    given = [name for name in ("demo", "pages", "table", "retry") if getattr(config, name)]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise ConfigError(f"give one of --pages, --table and the demo to scrape; {found} of them is given")
+        raise ConfigError(f"give one of --pages, --table, --retry and the demo to scrape; {found} of them is given")
+    if config.retry is not None:
+        before = read_manifest(config.retry)["extra"].get("image_size")
+        if before != config.image.image_size:
+            raise ConfigError(
+                f"image.image_size is {config.image.image_size}, but {config.retry} has {before}; give "
+                f"--image.image-size {before}, so that old and new pictures have one size"
+            )
 
 
 @contextmanager
@@ -116,9 +143,13 @@ def open_source(config: Config) -> Iterator[FetchSettings]:
 
 
 def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> None:
-    """Write `candidates.parquet`, from the table or by walking the pages."""
-    if config.table is not None:
-        candidates: Iterator[Candidate] = read_url_table(config, config.table)
+    """Write `candidates.parquet`: from the tables, by walking the pages, or as they were."""
+    if config.retry is not None:
+        with atomic_file(run.output / CANDIDATES_NAME) as copy, open(config.retry / CANDIDATES_NAME, "rb") as file:
+            shutil.copyfileobj(file, copy)
+        return
+    if config.table:
+        candidates = read_url_tables(config)
     else:
         found = asyncio.run(walk(config, fetch=fetch, run=run))
         write_pages(found, run.output / PAGES_NAME)
@@ -132,20 +163,26 @@ def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> Non
             raise ConfigError("no image was found to scrape; check the start pages, robots.txt and the table")
 
 
-def read_url_table(config: Config, table: Path) -> Iterator[Candidate]:
-    """The rows of a table of URLs. ConfigError if it lists local files."""
-    columns = inspect_table(table, image_column=config.image_column, caption_fields=config.caption_fields)
-    if not columns.is_web:
-        raise ConfigError(
-            f"table: {table} lists files in column {columns.image}, no URLs; import_pairs --data reads it"
+def read_url_tables(config: Config) -> Iterator[Candidate]:
+    """The rows of all tables of URLs. ConfigError if one lists local files, or has no captions."""
+    for table in find_tables(config.table):
+        columns = inspect_table(
+            table.address,
+            image_column=config.image_column,
+            caption_fields=config.caption_fields,
+            extra_columns=config.extra_columns,
         )
-    return read_table(table, columns)
+        if not columns.is_web:
+            raise ConfigError(
+                f"table: {table.address} lists files in column {columns.image}, no URLs; import_pairs --data reads it"
+            )
+        yield from read_table(table.address, require_captions(columns, path=table.address))
 
 
 async def walk(config: Config, *, fetch: FetchSettings, run: JobRun) -> Crawl:
     """Crawl from the start pages, showing how many pages are read."""
     start = (f"http://{DEMO_HOST}/",) if config.demo is not None else config.pages
-    async with Fetcher(fetch) as fetcher:
+    async with Fetcher(fetch, opt_out=read_opt_out(config.opt_out)) as fetcher:
         return await crawl(
             fetcher,
             start,
@@ -172,11 +209,41 @@ def plan_shards(candidates: Path) -> list[ShardTask]:
 def scrape_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:
     """On a worker: fetch one shard's candidates and write its files."""
     candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
-    outcomes = in_step(_outcomes(candidates, shard=task.shard, config=config, fetch=fetch))
+    outcomes = in_step(_outcomes(enumerate(candidates), shard=task.shard, config=config, fetch=fetch))
     counts = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes, open_file=atomic_file)
     return shard_entry(
         output, task, rows_in=len(candidates), rows_out=counts.ok, rejected=counts.failed, files=counts.files
     )
+
+
+def retry_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:
+    """On a worker: fetch the failed rows of one shard that are worth it, and write all of its rows anew."""
+    assert config.retry is not None
+    stem = f"shard-{task.shard:05d}"
+    statuses = read_statuses(config.retry / f"{stem}.parquet")
+    rows = rows_to_retry(statuses, reasons=config.retry_reasons)
+    candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
+    again = ((row, candidates[row]) for row in rows)
+    recovered = 0
+
+    def fetched() -> Iterator[TextImagePair | Failure]:
+        nonlocal recovered
+        for outcome in in_step(_outcomes(again, shard=task.shard, config=config, fetch=fetch)):
+            recovered += isinstance(outcome, TextImagePair)
+            yield outcome
+
+    outcomes = merge_outcomes(
+        statuses,
+        pairs=read_pairs(config.retry / f"{stem}.tar"),
+        retried=dict.fromkeys(rows),
+        fetched=fetched(),
+        opt_out=read_opt_out(config.opt_out),
+    )
+    counts = write_pair_shard(output, stem, outcomes, open_file=atomic_file)
+    entry = shard_entry(
+        output, task, rows_in=len(statuses), rows_out=counts.ok, rejected=counts.failed, files=counts.files
+    )
+    return replace(entry, extra={"retried": len(rows), "recovered": recovered})
 
 
 def in_step(outcomes: AsyncIterator[TextImagePair | Failure]) -> Iterator[TextImagePair | Failure]:
@@ -191,13 +258,13 @@ def in_step(outcomes: AsyncIterator[TextImagePair | Failure]) -> Iterator[TextIm
 
 
 async def _outcomes(
-    candidates: list[Candidate], *, shard: int, config: Config, fetch: FetchSettings
+    candidates: Iterable[tuple[int, Candidate]], *, shard: int, config: Config, fetch: FetchSettings
 ) -> AsyncGenerator[TextImagePair | Failure, None]:
-    async with Fetcher(fetch) as fetcher:
+    async with Fetcher(fetch, opt_out=read_opt_out(config.opt_out)) as fetcher:
         pairs = scrape_pairs(candidates, shard=shard, fetcher=fetcher, settings=config.image)
         async with contextlib.aclosing(pairs):
             async for outcome in pairs:
                 yield outcome
 
 
-JOB = Job(name="scrape_pairs", version=1, products=("manifest.json", CANDIDATES_NAME), main=main)
+JOB = Job(name="scrape_pairs", version=2, products=("manifest.json", CANDIDATES_NAME), main=main)

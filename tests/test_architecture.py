@@ -22,7 +22,8 @@ ROOMS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "config": frozenset(),
     "weight_files": frozenset({"errors"}),
-    "records": frozenset({"errors", "config"}),
+    "locations": frozenset({"errors"}),
+    "records": frozenset({"errors", "config", "locations"}),
     "filters": frozenset({"records"}),
     "tokenizers": frozenset({"errors", "config", "records.images", "weight_files"}),
     "shards": frozenset({"errors", "config"}),
@@ -33,7 +34,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"models", "sequences", "tokenizers", "scenes", "errors", "sampling"}),
     "scenes": frozenset({"errors", "config"}),
 }
-RUNTIME_MAY_IMPORT = frozenset({"config", "errors", "shards", "training", "sequences", "models"})
+RUNTIME_MAY_IMPORT = frozenset({"config", "errors", "locations", "shards", "training", "sequences", "models"})
 CHAINS = frozenset({"road"})  # the job files that join other jobs
 SHARED_BY_JOBS = frozenset({"runtime", "tasks"})  # folders: how jobs run, and what several of them train
 STOREYS_ABOVE_COGVIEW = frozenset({"ray", "mlflow", "tyro", "pipelines", "benchmarks", "tests"})

@@ -7,25 +7,28 @@ hosts. A fetch never raises for what a server does; it answers with a reason cod
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
 from yarl import URL
 
 from cogview.config import runtime_field
 from cogview.errors import ConfigError
+from cogview.records.opt_out import OPTED_OUT, OptOut
+from cogview.records.pace import HostGate
 from cogview.records.pair import Unusable
 from cogview.records.responses import read_body, retry_after_s
 from cogview.records.robots import (
     ROBOTS_BYTES,
+    Reservations,
     RobotRules,
+    parse_reservations,
     parse_robots,
     product_token,
     tag_forbids_training,
@@ -40,9 +43,9 @@ from cogview.records.urls import (
 )
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+LARGE_BODIES = 4  # large bodies in memory at a time, for each fetcher
+OnLarge = Callable[[], Awaitable[None]]
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-MAX_CRAWL_DELAY_S = 60.0
-_SMOOTHING_S = 0.05  # above 20 requests a second the pace is kept over windows of this length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class FetchSettings:
     host_rate: requests per second to one host; host_connections: at once to one host; connections: at once in all;
     sharers: fetchers that work at the same time, who have these limits and a site's crawl delay together;
     total_s, read_s: deadlines of one attempt and of one silence, seconds; max_bytes: of the decompressed body;
-    max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks.
+    max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks;
+    ask_ai_txt, ask_tdmrep: ask each site for /ai.txt and /.well-known/tdmrep.json too, and keep to them.
     """
 
     user_agent: str = "CogViewBot/0.1"
@@ -67,6 +71,8 @@ class FetchSettings:
     max_redirects: int = 5
     max_attempts: int = 3
     max_wait_s: float = 30.0
+    ask_ai_txt: bool = True
+    ask_tdmrep: bool = True
     policy: AddressPolicy = field(default_factory=AddressPolicy)
 
     def __post_init__(self) -> None:
@@ -102,6 +108,23 @@ class _Redirect:
     location: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiteRules:
+    """What the site at one origin says about all of its URLs. ai: its ai.txt."""
+
+    robots: RobotRules
+    ai: RobotRules | None = None
+    reservations: Reservations = field(default_factory=Reservations)
+
+    def refuse(self, url: str) -> Unusable | None:
+        """Why this normalised URL of the site must be left alone, or None."""
+        if not self.robots.allows(url):
+            return Unusable("robots_disallowed")
+        if self.ai is not None and not self.ai.allows(url):
+            return Unusable("ai_txt_disallowed")
+        return Unusable("tdm_reserved", "tdmrep.json") if self.reservations.reserves(url) else None
+
+
 # What the client raises, first match first. Details stay out: they name ports and depend on timing.
 _OUTCOMES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Unusable | _Transient], ...] = (
     (aiohttp.ClientConnectorDNSError, Unusable("dns_failed")),
@@ -111,6 +134,20 @@ _OUTCOMES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Unusable |
     ((aiohttp.ClientResponseError, ValueError), Unusable("bad_response")),
     (Exception, _Transient(outcome=Unusable("connection_failed"))),
 )
+
+
+class _LargeSlot:
+    """One of the few places for large bodies, taken when a body turns out to be one; given back when `hold` is left."""
+
+    def __init__(self, slots: asyncio.Semaphore, hold: AsyncExitStack) -> None:
+        self._slots = slots
+        self._hold = hold
+        self._is_taken = False
+
+    async def take(self) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            await self._hold.enter_async_context(self._slots)
 
 
 class AddressRefusedError(OSError):
@@ -142,11 +179,13 @@ class PolicyResolver(AbstractResolver):
 class Fetcher:
     """An open client; use it as an async context manager. One event loop, any number of tasks."""
 
-    def __init__(self, settings: FetchSettings) -> None:
+    def __init__(self, settings: FetchSettings, *, opt_out: OptOut | None = None) -> None:
         self.settings = settings
+        self.opt_out = opt_out or OptOut()
         self._product = product_token(settings.user_agent)
-        self._robots: dict[str, asyncio.Task[RobotRules | Unusable]] = {}
+        self._rules: dict[str, asyncio.Task[SiteRules | Unusable]] = {}
         self._hosts: dict[str, HostGate] = {}
+        self._large = asyncio.Semaphore(LARGE_BODIES)
         self._connections = asyncio.Semaphore(max(1, settings.connections // settings.sharers))
 
     async def __aenter__(self) -> Self:
@@ -168,29 +207,51 @@ class Fetcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._robots.values():
+        for task in self._rules.values():
             task.cancel()
-        await asyncio.gather(*self._robots.values(), return_exceptions=True)
+        await asyncio.gather(*self._rules.values(), return_exceptions=True)
         await self._session.close()
 
-    async def fetch(self, url: str) -> Fetched | Unusable:
+    async def fetch(self, url: str, *, hold: AsyncExitStack | None = None) -> Fetched | Unusable:
         """The body behind a URL if its site lets us have it.
 
-        Reasons: those of `normalise_url` and `refuse_url`, robots_disallowed, robots_unavailable, robots_tag,
-        tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed, tls_failed, timeout, bad_response,
-        body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit, redirect_downgrade.
+        hold: is left when the body is no longer needed, so that few large bodies are in memory at a time.
+
+        Reasons: those of `normalise_url` and `refuse_url`, opted_out, robots_disallowed, robots_unavailable,
+        robots_tag, ai_txt_disallowed, tdm_reserved, http_<status>, dns_failed, address_refused, connection_failed,
+        tls_failed, timeout, bad_response, body_empty, body_too_large, body_damaged, encoding_refused, redirect_limit,
+        redirect_downgrade.
         """
-        return await self._follow(url, cap=self.settings.max_bytes, truncate=False, ask_robots=True)
+        async with AsyncExitStack() as own:
+            large = _LargeSlot(self._large, hold or own)
+            return await self._follow(
+                url, cap=self.settings.max_bytes, truncate=False, ask_robots=True, on_large=large.take
+            )
 
-    async def rules_of(self, url: str) -> RobotRules | Unusable:
-        """The robots rules of a normalised URL's origin, asked for once."""
+    async def rules_of(self, url: str) -> SiteRules | Unusable:
+        """The rules of a normalised URL's origin, asked for once."""
         origin = origin_of(url)
-        if origin not in self._robots:
-            self._robots[origin] = asyncio.create_task(self._load_rules(origin))
-        return await asyncio.shield(self._robots[origin])
+        if origin not in self._rules:
+            self._rules[origin] = asyncio.create_task(self._load_rules(origin))
+        return await asyncio.shield(self._rules[origin])
 
-    async def _load_rules(self, origin: str) -> RobotRules | Unusable:
-        answer = await self._follow(f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False)
+    async def _load_rules(self, origin: str) -> SiteRules | Unusable:
+        robots = await self._load_robots(origin)
+        if isinstance(robots, Unusable):
+            return robots
+        self._gate(origin).slow_down(robots.crawl_delay)
+        ai = await self._optional(f"{origin}/ai.txt") if self.settings.ask_ai_txt else b""
+        tdmrep = await self._optional(f"{origin}/.well-known/tdmrep.json") if self.settings.ask_tdmrep else b""
+        return SiteRules(
+            robots=robots,
+            ai=parse_robots(ai, product=self._product) if ai else None,
+            reservations=parse_reservations(tdmrep),
+        )
+
+    async def _load_robots(self, origin: str) -> RobotRules | Unusable:
+        answer = await self._follow(
+            f"{origin}/robots.txt", cap=ROBOTS_BYTES, truncate=True, ask_robots=False, on_large=_nothing
+        )
         if isinstance(answer, Fetched):
             return parse_robots(answer.body, product=self._product)
         unavailable = answer.reason.startswith("http_4") and answer.reason != "http_429"
@@ -200,7 +261,18 @@ class Fetcher:
             return Unusable("robots_unavailable", answer.reason)  # 2.3.1.4: assume that everything is disallowed
         return answer
 
-    async def _follow(self, url: str, *, cap: int, truncate: bool, ask_robots: bool) -> Fetched | Unusable:
+    async def _optional(self, url: str) -> bytes:
+        """The body of a file that most sites do not have; a page in its place says nothing."""
+        answer = await self._small_file(url)
+        is_file = isinstance(answer, Fetched) and "html" not in answer.content_type.lower()
+        return answer.body if isinstance(answer, Fetched) and is_file else b""
+
+    async def _small_file(self, url: str) -> Fetched | Unusable:
+        return await self._follow(url, cap=ROBOTS_BYTES, truncate=True, ask_robots=False, on_large=_nothing)
+
+    async def _follow(
+        self, url: str, *, cap: int, truncate: bool, ask_robots: bool, on_large: OnLarge
+    ) -> Fetched | Unusable:
         current = normalise_url(url)
         for _ in range(self.settings.max_redirects + 1):
             if isinstance(current, Unusable):
@@ -208,7 +280,7 @@ class Fetcher:
             refused = await self._refuse(current, ask_robots=ask_robots)
             if refused is not None:
                 return refused
-            answer = await self._attempts(current, cap=cap, truncate=truncate)
+            answer = await self._attempts(current, cap=cap, truncate=truncate, on_large=on_large)
             if not isinstance(answer, _Redirect):
                 return answer
             target = normalise_url(answer.location, base=current)
@@ -221,13 +293,14 @@ class Fetcher:
         refused = refuse_url(url, self.settings.policy)
         if refused is not None or not ask_robots:
             return refused
+        if self.opt_out.has_url(url):
+            return Unusable(OPTED_OUT)
         rules = await self.rules_of(url)
-        if isinstance(rules, Unusable):
-            return rules
-        self._gate(url).slow_down(rules.crawl_delay)
-        return None if rules.allows(url) else Unusable("robots_disallowed")
+        return rules if isinstance(rules, Unusable) else rules.refuse(url)
 
-    async def _attempts(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect:
+    async def _attempts(
+        self, url: str, *, cap: int, truncate: bool, on_large: OnLarge
+    ) -> Fetched | Unusable | _Redirect:
         retrying = AsyncRetrying(
             retry=retry_if_result(lambda result: isinstance(result, _Transient)),
             stop=stop_after_attempt(self.settings.max_attempts),
@@ -235,7 +308,7 @@ class Fetcher:
             retry_error_callback=_last_result,
         )
         result: Fetched | Unusable | _Redirect | _Transient = await retrying(
-            self._attempt, url, cap=cap, truncate=truncate
+            self._attempt, url, cap=cap, truncate=truncate, on_large=on_large
         )
         return result.outcome if isinstance(result, _Transient) else result
 
@@ -244,7 +317,9 @@ class Fetcher:
         pause = 0.5 * 2.0**state.attempt_number if asked is None else asked
         return min(max(pause, 0.1), self.settings.max_wait_s)
 
-    async def _attempt(self, url: str, *, cap: int, truncate: bool) -> Fetched | Unusable | _Redirect | _Transient:
+    async def _attempt(
+        self, url: str, *, cap: int, truncate: bool, on_large: OnLarge
+    ) -> Fetched | Unusable | _Redirect | _Transient:
         get = self._session.get
         try:
             async with (
@@ -252,7 +327,13 @@ class Fetcher:
                 self._connections,
                 get(URL(url, encoded=True), allow_redirects=False) as response,
             ):
-                return self._judge_head(response) or await _read_fetched(url, response, cap=cap, truncate=truncate)
+                refused = self._judge_head(response)
+                if refused is not None:
+                    return refused
+                body = await read_body(response, cap=cap, truncate=truncate, on_large=on_large)
+                if isinstance(body, Unusable):
+                    return body
+                return Fetched(url=url, body=body, content_type=response.headers.get("Content-Type", ""))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return _outcome_of(error)
 
@@ -271,41 +352,14 @@ class Fetcher:
             return Unusable("tdm_reserved")
         return None
 
-    def _gate(self, url: str) -> "HostGate":
+    def _gate(self, url: str) -> HostGate:
         host, _ = host_and_port(url)
         if host not in self._hosts:
-            self._hosts[host] = HostGate(self.settings)
+            limits = self.settings
+            self._hosts[host] = HostGate(
+                rate=limits.host_rate, connections=limits.host_connections, sharers=limits.sharers
+            )
         return self._hosts[host]
-
-
-class HostGate:
-    """Lets requests to one host through at its pace."""
-
-    def __init__(self, settings: FetchSettings) -> None:
-        self._sharers = settings.sharers
-        self._slots = asyncio.Semaphore(max(1, settings.host_connections // settings.sharers))
-        self._rate = settings.host_rate / settings.sharers
-        self._pace = _limiter(self._rate)
-
-    def slow_down(self, crawl_delay: float) -> None:
-        """Keep at least this many seconds (a minute at most) between two requests of all sharers together."""
-        if crawl_delay <= 0:
-            return
-        rate = 1.0 / (min(crawl_delay, MAX_CRAWL_DELAY_S) * self._sharers)
-        if rate < self._rate:  # asked again with every URL: a new limiter each time would let each of them go at once
-            self._rate = rate
-            self._pace = _limiter(rate)
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        async with self._slots:
-            await self._pace.acquire()
-            yield
-
-
-def _limiter(rate: float) -> AsyncLimiter:
-    burst = max(1.0, rate * _SMOOTHING_S)
-    return AsyncLimiter(burst, burst / rate)
 
 
 def _resolved(host: str, address: str, port: int) -> ResolveResult:
@@ -325,8 +379,5 @@ def _outcome_of(error: Exception) -> Unusable | _Transient:
     return next(outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds))
 
 
-async def _read_fetched(url: str, response: aiohttp.ClientResponse, *, cap: int, truncate: bool) -> Fetched | Unusable:
-    body = await read_body(response, cap=cap, truncate=truncate)
-    if isinstance(body, Unusable):
-        return body
-    return Fetched(url=url, body=body, content_type=response.headers.get("Content-Type", ""))
+async def _nothing() -> None:
+    """A capped small file needs no place of its own."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cogview.errors import ConfigError
+from cogview.locations import is_remote, open_data
 from cogview.records.captions import clean_captions
 from cogview.records.pair import Unusable
 from cogview.records.tars import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES
@@ -36,8 +37,14 @@ def read_captions(folder: Path, image: str) -> tuple[str, ...] | Unusable:
     return captions or Unusable("caption_missing", f"{path.name} is empty")
 
 
-def read_image_file(path: Path) -> bytes | Unusable:
-    """The bytes of a local picture. Only regular files are opened. Reasons: file_missing, member_too_large."""
+def read_image_file(path: Path | str) -> bytes | Unusable:
+    """The bytes of a picture on this machine, where only regular files are opened, or at a remote address.
+
+    Reasons: file_missing, member_too_large.
+    """
+    if isinstance(path, str) and is_remote(path):
+        return _read_remote(path)
+    path = Path(path)
     try:
         if not path.is_file():
             return Unusable("file_missing")
@@ -46,6 +53,15 @@ def read_image_file(path: Path) -> bytes | Unusable:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name too long for the system, or with a NUL inside
         return Unusable("file_missing", type(error).__name__)
+
+
+def _read_remote(address: str) -> bytes | Unusable:
+    try:
+        with open_data(address) as stream:
+            data = stream.read(MAX_IMAGE_BYTES + 1)
+    except (OSError, ValueError, ConfigError) as error:
+        return Unusable("file_missing", type(error).__name__)
+    return data if len(data) <= MAX_IMAGE_BYTES else Unusable("member_too_large", f"more than {MAX_IMAGE_BYTES} bytes")
 
 
 def _caption_name(image: str) -> str:

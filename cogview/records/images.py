@@ -6,7 +6,9 @@ and everything else that a decoder can be made to stumble over. Only JPEG, PNG, 
 
 import io
 import struct
+import threading
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +20,14 @@ from cogview.records.pair import Unusable
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 40_000_000  # 120 MB of RGB; Pillow itself only warns up to 179 megapixels
 BACKGROUND = (255, 255, 255)
+LARGE_PIXELS = 4_000_000
+STRIP_ROWS = 512
+MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs the time of the whole picture
 SMALL_PIXELS = 128 * 128  # below this, PNG costs little and keeps flat colours exact
 FLAT_COLOURS = 256
 
+_one_large = threading.Lock()
+_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,30 +84,38 @@ class EncodedImage:
 
 def store_image(data: bytes, settings: ImageSettings) -> EncodedImage | Unusable:
     """Decode, fit and encode anew: the way of every picture into our tars."""
-    decoded = decode_image(data, max_pixels=settings.max_pixels, short_side=settings.image_size)
-    if isinstance(decoded, Unusable):
-        return decoded
-    fitted = fit_image(decoded, image_size=settings.image_size, crop=settings.crop)
-    return encode_image(fitted, encoding=settings.encoding, jpeg_quality=settings.jpeg_quality)
+    with ExitStack() as hold:
+        decoded = decode_image(data, max_pixels=settings.max_pixels, short_side=settings.image_size, hold=hold)
+        if isinstance(decoded, Unusable):
+            return decoded
+        fitted = fit_image(decoded, image_size=settings.image_size, crop=settings.crop)
+        return encode_image(fitted, encoding=settings.encoding, jpeg_quality=settings.jpeg_quality)
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Image.Image | Unusable:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int = 0, hold: ExitStack | None = None
+) -> Image.Image | Unusable:
     """The picture in RGB, upright, its first frame, on white where it is transparent; or the reason why not.
 
     short_side: the caller will scale down to this, so a JPEG may be decoded at a fraction of its size (at least twice
-    this side). Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
-    image_truncated, image_damaged.
+    this side); hold: is left when the picture is no longer needed, so that a process holds one large picture at a time.
+    Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
+    image_too_many_scans, image_truncated, image_damaged.
     """
-    if not data:
-        return Unusable("image_empty")
+    refused = _refuse_bytes(data)
+    if refused is not None:
+        return refused
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             return Unusable("image_too_many_pixels", f"{image.width}x{image.height}")
         if short_side:
             _draft(image, short_side)
+        if hold is not None and image.width * image.height > LARGE_PIXELS:
+            hold.enter_context(_one_large)
         image.load()
-        return _to_rgb(_upright(image))
+        image = _upright(image)
+        return _to_rgb(image)
     except _BOMB_ERRORS:
         return Unusable("image_too_many_pixels")
     except UnidentifiedImageError:
@@ -139,6 +154,13 @@ def encode_image(
     return EncodedImage(data=buffer.getvalue(), suffix=suffix, width=image.width, height=image.height)
 
 
+def _refuse_bytes(data: bytes) -> Unusable | None:
+    if not data:
+        return Unusable("image_empty")
+    has_many = data.startswith(_JPEG) and data.count(_START_OF_SCAN) > MAX_SCANS
+    return Unusable("image_too_many_scans") if has_many else None
+
+
 def _draft(image: Image.Image, short_side: int) -> None:
     scale = 2 * short_side / min(image.size)
     if scale < 1.0:
@@ -155,6 +177,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """In strips, for a large picture is held in memory once as it was and once as it will be, and not more often."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.height <= STRIP_ROWS:
+        return _strip_to_rgb(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
+        strip.info = image.info  # a palette's transparent colour
+        whole.paste(_strip_to_rgb(strip), (0, top))
+    return whole
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _from_16_bit(image)
     if image.has_transparency_data:

@@ -32,6 +32,7 @@ STATUS_SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("sha256", pa.string()),
+        ("original_sha256", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("bytes", pa.int64()),
@@ -57,12 +58,17 @@ def pair_key(shard: int, row: int) -> str:
 
 
 def store_pair(pair: TextImagePair, settings: ImageSettings) -> TextImagePair | Failure:
-    """The pair with its image decoded, fitted and encoded anew, its sha256 and size in `extra`; or why not."""
+    """The pair with its image decoded, fitted and encoded anew; or why not.
+
+    `extra` gets sha256, width and height of what is stored, and the sha256 of what came (`original_sha256`), by which
+    its owner knows it.
+    """
     stored = store_image(pair.image_bytes, settings)
     if isinstance(stored, Unusable):
         return Failure(key=pair.key, source=pair.source, reason=stored.reason, detail=stored.detail)
     measures = {
         "sha256": hashlib.sha256(stored.data).hexdigest(),
+        "original_sha256": hashlib.sha256(pair.image_bytes).hexdigest(),
         "width": stored.width,
         "height": stored.height,
     }
@@ -112,6 +118,7 @@ def _status(outcome: TextImagePair | Failure) -> dict[str, Any]:
         "detail": "",
         "captions": list(outcome.captions),
         "sha256": outcome.extra.get("sha256"),
+        "original_sha256": outcome.extra.get("original_sha256"),
         "width": outcome.extra.get("width"),
         "height": outcome.extra.get("height"),
         "bytes": len(outcome.image_bytes),

@@ -1,7 +1,7 @@
 """HTTP answers read with a cap: compressed or not, honest about their length or not."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -9,11 +9,21 @@ import aiohttp
 
 from cogview.records.pair import Unusable
 
+LARGE_BODY = 1024 * 1024  # a photo of two megapixels or so; few are larger
 _CHUNK = 64 * 1024
 
 
-async def read_body(response: aiohttp.ClientResponse, *, cap: int, truncate: bool) -> bytes | Unusable:
-    """Read and decompress, and stop at `cap` bytes: cut there if `truncate`, refuse otherwise."""
+async def read_body(
+    response: aiohttp.ClientResponse,
+    *,
+    cap: int,
+    truncate: bool,
+    on_large: Callable[[], Awaitable[None]],
+) -> bytes | Unusable:
+    """Read and decompress, and stop at `cap` bytes: cut there if `truncate`, refuse otherwise.
+
+    on_large: awaited before more than LARGE_BODY bytes are taken into memory.
+    """
     decompress = _decompressor(response.headers.get("Content-Encoding", "identity").strip().lower())
     if isinstance(decompress, Unusable):
         return decompress
@@ -25,6 +35,8 @@ async def read_body(response: aiohttp.ClientResponse, *, cap: int, truncate: boo
             body += decompress(chunk, cap + 1 - len(body))
         except zlib.error:
             return Unusable("body_damaged", "cannot be decompressed")
+        if len(body) > LARGE_BODY:
+            await on_large()
         if len(body) > cap:
             return bytes(body[:cap]) if truncate else Unusable("body_too_large", f"more than {cap} bytes")
     return bytes(body) if body else Unusable("body_empty")

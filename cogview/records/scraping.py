@@ -2,11 +2,13 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AsyncExitStack
 
 from cogview.records.candidates import Candidate
 from cogview.records.fetch import Fetcher
 from cogview.records.images import ImageSettings
+from cogview.records.opt_out import OPTED_OUT
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.pair_shards import pair_key, store_pair
 
@@ -14,13 +16,16 @@ _AHEAD = 4  # rows begun for each connection, so that one slow host does not hol
 
 
 async def scrape_pairs(
-    candidates: Sequence[Candidate], *, shard: int, fetcher: Fetcher, settings: ImageSettings
+    candidates: Iterable[tuple[int, Candidate]], *, shard: int, fetcher: Fetcher, settings: ImageSettings
 ) -> AsyncGenerator[TextImagePair | Failure, None]:
-    """Fetch the candidates of one shard. Bounded: at most `4 x connections` pictures are held at a time."""
+    """Fetch candidates of one shard, given with their rows, and answer in their order.
+
+    Bounded: at most `4 x connections` pictures are held at a time.
+    """
     waiting: deque[asyncio.Task[TextImagePair | Failure]] = deque()
-    ahead = _AHEAD * fetcher.settings.connections
+    ahead = _AHEAD * max(1, fetcher.settings.connections // fetcher.settings.sharers)
     try:
-        for row, candidate in enumerate(candidates):
+        for row, candidate in candidates:
             key = pair_key(shard, row)
             waiting.append(asyncio.create_task(_scrape_one(candidate, key=key, fetcher=fetcher, settings=settings)))
             if len(waiting) >= ahead:
@@ -37,9 +42,18 @@ async def _scrape_one(
 ) -> TextImagePair | Failure:
     if not candidate.captions:  # nothing to learn from it, so its site is not asked
         return Failure(key=key, source=candidate.source, reason="caption_missing")
-    answer = await fetcher.fetch(candidate.source)
+    async with AsyncExitStack() as hold:
+        return await _fetch_and_store(candidate, key=key, fetcher=fetcher, settings=settings, hold=hold)
+
+
+async def _fetch_and_store(
+    candidate: Candidate, *, key: str, fetcher: Fetcher, settings: ImageSettings, hold: AsyncExitStack
+) -> TextImagePair | Failure:
+    answer = await fetcher.fetch(candidate.source, hold=hold)
     if isinstance(answer, Unusable):
         return Failure(key=key, source=candidate.source, reason=answer.reason, detail=answer.detail)
+    if fetcher.opt_out.has_image(answer.body):
+        return Failure(key=key, source=candidate.source, reason=OPTED_OUT, detail="by the sha256 of its image")
     pair = TextImagePair(
         key=key,
         captions=candidate.captions,
@@ -47,4 +61,7 @@ async def _scrape_one(
         source=candidate.source,
         extra=candidate.extra,
     )
-    return await asyncio.to_thread(store_pair, pair, settings)
+    stored = await asyncio.to_thread(store_pair, pair, settings)
+    if isinstance(stored, TextImagePair) and stored.extra["sha256"] in fetcher.opt_out.sha256:
+        return Failure(key=key, source=candidate.source, reason=OPTED_OUT, detail="by the sha256 of its image")
+    return stored

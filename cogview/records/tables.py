@@ -1,31 +1,30 @@
-"""Tables of images and captions: Parquet, CSV, TSV and JSON lines, with an image URL or path and caption columns.
+"""Tables of images and captions: which column of a table holds what, and its rows as candidates.
 
-Columns are found by their usual names or given. A file without a header (Conceptual Captions: caption<TAB>url) is
-understood from its first rows. Rows are streamed; bad ones come out as rows without an image, never as an error.
+Columns are found by their usual names (LAION, img2dataset, COCO, ...) or given. A file without a header (Conceptual
+Captions: caption<TAB>url) is understood from its first rows. Who made a picture, and under what licence it may be used,
+travels on with its row.
 """
 
-import csv
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cogview.errors import ConfigError
+from cogview.locations import suffix_of
 from cogview.records.candidates import Candidate
-from cogview.records.captions import clean_captions
+from cogview.records.captions import clean_caption, clean_captions
+from cogview.records.table_rows import PROBED_ROWS, SEPARATED, Row, first_cells, table_rows
 from cogview.records.tars import IMAGE_SUFFIXES, usual_caption_fields
 
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
 IMAGE_COLUMNS = (
     "url",
     "image_url",
     "img_url",
+    "coco_url",
+    "flickr_url",
     "image_path",
     "image",
     "path",
@@ -35,51 +34,75 @@ IMAGE_COLUMNS = (
     "img",
     "src",
 )
-MAX_LINE = 1024 * 1024
-_PROBED_ROWS = 100
-_BATCH_ROWS = 4096
+# Whose picture it is and what may be done with it. The letter case of a column's name is not kept.
+_RIGHTS = re.compile(
+    r"^(licen[cs]e|creator|author|artist|photographer|credit|attribution|copyright|rights|owner|page|provider)"
+    r"([_ ](name|url|link|version|id))?$|^(foreign_landing_url|page_title|domain)$",
+    re.IGNORECASE,
+)
 _LOOKS_LIKE_IMAGE = re.compile(rf"^https?://|\.({'|'.join(IMAGE_SUFFIXES)})$", re.IGNORECASE)
 _WEB = re.compile(r"^\s*https?://", re.IGNORECASE)
-
-Row = Mapping[str, Any]
+_OURS = frozenset({"source", "captions", "sha256", "width", "height", "key"})  # fields of a pair that are written anew
+_KEPT_TYPES = (str, int, float, bool)
+_MAX_EXTRA = 2000  # characters of a kept text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableColumns:
-    """Where a table keeps what. is_web: its images are URLs; has_header: of CSV and TSV."""
+    """Where a table keeps what. captions: none in a bare list of addresses; is_web: its images are URLs; has_header: of
+    CSV and TSV; extra: columns that travel with the pair, such as its licence."""
 
     image: str
     captions: tuple[str, ...]
     is_web: bool
     has_header: bool = True
+    extra: tuple[str, ...] = ()
 
 
-def inspect_table(path: Path, *, image_column: str = "", caption_fields: Sequence[str] = ()) -> TableColumns:
-    """Find the columns of a table from its first rows. ConfigError lists the columns that there are."""
-    has_header = path.suffix.lower() not in (".csv", ".tsv", ".txt") or _has_header(path, image_column, caption_fields)
-    rows = list(itertools.islice(_rows(path, has_header=has_header, columns=None), _PROBED_ROWS))
+def inspect_table(
+    path: Path | str, *, image_column: str = "", caption_fields: Sequence[str] = (), extra_columns: Sequence[str] = ()
+) -> TableColumns:
+    """Find the columns of a table from its first rows. ConfigError lists the columns that there are.
+
+    extra_columns: to keep besides those about rights.
+    """
+    address = str(path)
+    has_header = suffix_of(address) not in SEPARATED or _has_header(address, image_column, caption_fields)
+    rows = list(itertools.islice(table_rows(address, has_header=has_header, columns=None), PROBED_ROWS))
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     if not rows:
         raise ConfigError(f"data: {path} has no rows")
-    image = _image_column(path, names, rows, image_column)
+    image = _image_column(address, names, rows, image_column)
     captions = tuple(caption_fields) or tuple(usual_caption_fields(name for name in names if name != image))
     if not captions and not has_header:
         captions = tuple(name for name in names if name != image)
-    missing = [name for name in captions if name not in names]
-    if missing or not captions:
+    missing = [name for name in (*captions, *extra_columns) if name not in names]
+    if missing or not (captions or len(names) == 1):
         wanted = f"no column {', '.join(missing)}" if missing else "no caption column"
         raise ConfigError(
             f"caption_fields: {path} has {wanted}; its columns are {', '.join(names)}; name those that hold captions"
         )
     values = [str(row[image]) for row in rows if row.get(image)]
     is_web = sum(bool(_WEB.match(value)) for value in values) * 2 >= max(1, len(values))
-    return TableColumns(image=image, captions=captions, is_web=is_web, has_header=has_header)
+    rights = tuple(name for name in names if _RIGHTS.match(name.strip()) and name not in (image, *captions))
+    extra = tuple(dict.fromkeys((*rights, *extra_columns)))
+    return TableColumns(image=image, captions=captions, is_web=is_web, has_header=has_header, extra=extra)
 
 
-def read_table(path: Path, columns: TableColumns) -> Iterator[Candidate]:
+def require_captions(columns: TableColumns, *, path: Path | str) -> TableColumns:
+    """The columns, if pairs can be made of them. ConfigError for a bare list of addresses or paths."""
+    if not columns.captions:
+        raise ConfigError(
+            f"caption_fields: {path} has no caption column: it is a list of images alone, and a pair needs words; give "
+            "a table with captions, or scrape the pages that show these images (--pages)"
+        )
+    return columns
+
+
+def read_table(path: Path | str, columns: TableColumns) -> Iterator[Candidate]:
     """Every row of a table as a candidate, in order; one without a readable image has the source ""."""
-    wanted = (columns.image, *columns.captions)
-    for row in _rows(path, has_header=columns.has_header, columns=wanted):
+    wanted = (columns.image, *columns.captions, *columns.extra)
+    for row in table_rows(str(path), has_header=columns.has_header, columns=wanted):
         source = row.get(columns.image)
         texts: list[object] = []
         for name in columns.captions:
@@ -87,93 +110,24 @@ def read_table(path: Path, columns: TableColumns) -> Iterator[Candidate]:
             texts.extend(map(_text, value) if isinstance(value, list) else [value])
         cleaned = source.strip() if isinstance(source := _text(source), str) else ""
         encodable = cleaned.encode("utf-8", errors="replace").decode()  # a lone surrogate would fail the whole file
-        yield Candidate(source=encodable, captions=clean_captions(texts))
+        yield Candidate(source=encodable, captions=clean_captions(texts), extra=_extra(row, columns.extra))
 
 
-def _rows(path: Path, *, has_header: bool, columns: Sequence[str] | None) -> Iterator[Row]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_rows(path, columns)
-    if suffix == ".jsonl":
-        return _json_rows(path)
-    if suffix in TABLE_SUFFIXES:
-        return _separated_rows(path, has_header=has_header)
-    raise ConfigError(f"data: {path} is no table; its name should end in {', '.join(TABLE_SUFFIXES)}")
+def _extra(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name in names:
+        value = _text(row.get(name))
+        if isinstance(value, str):
+            value = clean_caption(value)[:_MAX_EXTRA]
+        if isinstance(value, _KEPT_TYPES) and value != "":
+            field = name.strip().lower().replace(" ", "_")
+            kept[f"original_{field}" if field in _OURS else field] = value
+    return kept
 
 
-def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
-    try:
-        with pq.ParquetFile(path) as parquet:
-            names = parquet.schema_arrow.names
-            if len(set(names)) != len(names):
-                raise ConfigError(f"data: {path} has two columns of one name among {', '.join(names)}; rename one")
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"data: {path} cannot be read as Parquet: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    for line in _lines(path):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = {}
-        if row is not None:
-            yield row if isinstance(row, dict) else {}
-
-
-def _separated_rows(path: Path, *, has_header: bool) -> Iterator[Row]:
-    """Rows by column name. Cells beyond the last column belong to it: captions with unquoted commas."""
-    cells = _cells(path)
-    separator = "," if path.suffix.lower() == ".csv" else " "
-    names = next(cells, []) if has_header else []
-    if not names:
-        first = list(itertools.islice(cells, _PROBED_ROWS))
-        width = min((len(values) for values in first if len(values) > 1), default=1)
-        names = [f"column_{index}" for index in range(1, width + 1)]
-        cells = itertools.chain(first, cells)
-    for values in cells:
-        if values:
-            last = len(names) - 1
-            yield dict(zip(names, [*values[:last], separator.join(values[last:])], strict=False))
-
-
-def _cells(path: Path) -> Iterator[list[str]]:
-    """Cells of each row. Tabs separate without quoting, as in the captions of the wild; commas with it."""
-    if path.suffix.lower() != ".csv":
-        for line in _lines(path):
-            yield line.rstrip("\r\n").split("\t")
-        return
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(_lines(path))
-    while True:
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield [""]
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of text; what is longer than a megabyte becomes an empty one."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            while line := file.readline(MAX_LINE):
-                if line.endswith("\n") or len(line) < MAX_LINE:
-                    yield line.replace("\0", "")
-                    continue
-                while line and not line.endswith("\n"):
-                    line = file.readline(MAX_LINE)
-                yield "\n"
-    except OSError as error:
-        raise ConfigError(f"data: {path} cannot be read: {error.strerror}") from error
-
-
-def _has_header(path: Path, image_column: str, caption_fields: Sequence[str]) -> bool:
+def _has_header(address: str, image_column: str, caption_fields: Sequence[str]) -> bool:
     """Whether the first row names columns: it holds a known or given name, or no image while the second row does."""
-    first, second = itertools.islice(itertools.chain(_cells(path), [[], []]), 2)
+    first, second = first_cells(address)
     given = {image_column, *caption_fields} - {""}
     if given & set(first) or any(cell.strip().lower() in IMAGE_COLUMNS for cell in first):
         return True
@@ -184,16 +138,26 @@ def _has_image(cells: Iterable[str]) -> bool:
     return any(_LOOKS_LIKE_IMAGE.search(cell.strip()) for cell in cells)
 
 
-def _image_column(path: Path, names: Sequence[str], rows: Sequence[Row], given: str) -> str:
+def _image_column(address: str, names: Sequence[str], rows: Sequence[Row], given: str) -> str:
     if given and given in names:
         return given
     by_lower = {name.strip().lower(): name for name in reversed(names)}
     usual = next((by_lower[name] for name in IMAGE_COLUMNS if name in by_lower), "")
-    looking = next((name for name in names if _has_image([str(row.get(name, "")) for row in rows])), "")
+    looking = _most_like_images(names, rows)
     if given or not (usual or looking):
         wanted = f"no column {given}" if given else "no column of image URLs or paths"
-        raise ConfigError(f"image_column: {path} has {wanted}; its columns are {', '.join(names)}")
+        raise ConfigError(f"image_column: {address} has {wanted}; its columns are {', '.join(names)}")
     return usual or looking
+
+
+def _most_like_images(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The column with the most addresses, else with the most names of pictures: captions may be file names too."""
+    scores = {}
+    for name in names:
+        values = [str(row.get(name, "")).strip() for row in rows]
+        scores[name] = (sum(bool(_WEB.match(value)) for value in values), sum(_has_image([value]) for value in values))
+    best = max(scores, key=scores.__getitem__, default="")
+    return best if best and any(scores[best]) else ""
 
 
 def _text(value: object) -> object:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from cogview.errors import ConfigError, ManifestError
+from cogview.locations import open_data
 from cogview.records.captions import clean_caption, clean_captions
 from cogview.records.pair import KEY_PATTERN, Failure, TextImagePair
 
@@ -42,39 +43,43 @@ class _Sample:
     refused: str = ""
 
 
-def read_foreign_tar(path: Path, *, caption_fields: Sequence[str] = ()) -> Iterator[TextImagePair | Failure]:
+def read_foreign_tar(path: Path | str, *, caption_fields: Sequence[str] = ()) -> Iterator[TextImagePair | Failure]:
     """Every sample of an outside tar, in order, as a pair (not yet decoded) or as the reason why it is none.
 
-    caption_fields: JSON fields to take captions from ("txt" is the .txt member); empty takes the usual names.
+    path: may be an address on a remote file system; caption_fields: JSON fields to take captions from ("txt" is the
+    .txt member); empty takes the usual names.
     Reasons: key_refused, image_missing, two_images, caption_missing, json_damaged, member_refused, member_too_large,
     tar_damaged (the rest of the file is lost; counted once).
     """
     sample: _Sample | None = None
+    tar_name = str(path).rpartition("/")[2]
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, mode="r|") as tar:
-            for member in tar:
-                if tar.offset > size + tarfile.BLOCKSIZE:  # tarfile would step through terabytes that are not there
-                    raise EOFError(f"{member.name} is cut")
-                base, suffix = split_member_name(member.name)
-                if member.isdir():
-                    continue
-                if sample is not None and sample.name != base:
-                    yield _finish(sample, path.name, caption_fields)
-                    sample = None
-                sample = sample or _Sample(name=base)
-                _add_member(sample, tar, member, suffix)
-            end = tar.offset
-        if sample is not None:
-            yield _finish(sample, path.name, caption_fields)
-        if not _ends_at(path, end):
-            yield _failure(sample.name if sample else "", path.name, "tar_damaged", "does not end where a tar ends")
+        with open_data(str(path)) as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    if tar.offset > size + tarfile.BLOCKSIZE:  # tarfile would step through terabytes not there
+                        raise EOFError(f"{member.name} is cut")
+                    base, suffix = split_member_name(member.name)
+                    if member.isdir():
+                        continue
+                    if sample is not None and sample.name != base:
+                        yield _finish(sample, tar_name, caption_fields)
+                        sample = None
+                    sample = sample or _Sample(name=base)
+                    _add_member(sample, tar, member, suffix)
+                end = tar.offset
+            if sample is not None:
+                yield _finish(sample, tar_name, caption_fields)
+            if not _ends_at(stream, end):
+                yield _failure(sample.name if sample else "", tar_name, "tar_damaged", "does not end where a tar ends")
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         name = sample.name if sample is not None else ""
-        yield _failure(name, path.name, "tar_damaged", f"{type(error).__name__} after {name or 'the start'}")
+        yield _failure(name, tar_name, "tar_damaged", f"{type(error).__name__} after {name or 'the start'}")
 
 
-def check_caption_fields(tars: Sequence[Path], fields: Sequence[str]) -> None:
+def check_caption_fields(tars: Sequence[Path | str], fields: Sequence[str]) -> None:
     """ConfigError if the first samples of a corpus have no captions under these fields (or the usual names)."""
     failures: list[str] = []
     names: set[str] = set()
@@ -89,7 +94,7 @@ def check_caption_fields(tars: Sequence[Path], fields: Sequence[str]) -> None:
     if "caption_missing" in failures:
         wanted = f"no captions in {', '.join(fields)}" if fields else "no captions under the usual names"
         there = ", ".join(sorted(names - {""})) or "no fields"
-        raise ConfigError(f"caption_fields: {tars[0].parent} has {wanted}; its JSON has {there}; name those to use")
+        raise ConfigError(f"caption_fields: {tars[0]} has {wanted}; its JSON has {there}; name those to use")
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -160,7 +165,9 @@ def read_pairs(path: Path) -> Iterator[TextImagePair]:
                     image = data
                 elif suffix == "json":
                     yield _own_pair(base, image, json.loads(data))
-            if not _ends_at(path, tar.offset):
+            with open(path, "rb") as file:
+                is_whole = _ends_at(file, tar.offset)
+            if not is_whole:
                 raise EOFError("it does not end where a tar ends")
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
         raise ManifestError(f"{path} is damaged ({error}); delete it and run the job that wrote it again") from error
@@ -177,11 +184,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _ends_at(path: Path, offset: int) -> bool:
+def _ends_at(file: BinaryIO, offset: int) -> bool:
     """Whether the empty block that ends a tar lies here. tarfile takes a cut or altered header for an end as well."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    file.seek(offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _add_member(sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:

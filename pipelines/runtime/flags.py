@@ -10,6 +10,7 @@ from typing import Any
 
 from cogview.config import ROLE
 from cogview.errors import ConfigError
+from cogview.locations import absolute
 from pipelines.runtime.menu import VERBS, check_known, menu, nearest
 
 DEFAULT_PRESET = "smoke"
@@ -161,6 +162,8 @@ def _absolute_inputs(config: Any) -> Any:
         value = getattr(config, field.name)
         if field.metadata.get(ROLE) == "input" and isinstance(value, Path):
             changes[field.name] = Path(os.path.abspath(value))
+        elif field.metadata.get(ROLE) == "input" and isinstance(value, tuple):
+            changes[field.name] = tuple(absolute(address) for address in value)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _absolute_inputs(value)
     return dataclasses.replace(config, **changes)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from cogview.config import config_digest, input_paths, to_plain
 from cogview.errors import ConfigError, ManifestError
+from cogview.locations import addresses_of, find_files, local_folder
 from cogview.shards.manifest import MANIFEST_NAME, file_record, read_json, read_manifest, write_json
 from pipelines.runtime.locks import folder_lock
 from pipelines.runtime.tracking import Tracker, open_tracker
@@ -100,7 +101,7 @@ def run_job(job: Job, config: Any, *, root: Path, display: StageDisplay) -> Fini
 
 def plan_job(job: Job, config: Any, *, root: Path) -> Plan:
     """Digest the inputs and find the job's folder; nothing is written. ConfigError when an input is not there."""
-    paths = {name: path for name, path in input_paths(config).items() if path is not None}
+    paths = {name: path for name, path in input_paths(config).items() if path}
     inputs = {name: digest_input(path, field_name=name) for name, path in paths.items()}
     digest = config_digest(config, inputs={**inputs, "job": f"{job.name}/{job.version}"})
     output = root / job.name / digest[:DIGEST_LENGTH]
@@ -173,12 +174,15 @@ def damaged_files(output: Path) -> list[Path]:
     return damaged
 
 
-def digest_input(path: Path, *, field_name: str) -> str:
-    """The digest of what lies at an input path.
+def digest_input(path: Path | tuple[str, ...], *, field_name: str) -> str:
+    """The digest of what lies at an input path, or at several addresses (files, folders, patterns, remote ones).
 
     A finished output of ours stands for its products, which must still verify. Anything else is listed: relative
     paths, sizes and modification times of all files, which is quick for terabytes and changes when the data does.
     """
+    if not isinstance(path, Path):
+        folder = local_folder(addresses_of(path))
+        return _digest_of_addresses(path, field_name) if folder is None else digest_input(folder, field_name=field_name)
     if not path.exists():
         raise ConfigError(f"{field_name}: {path} does not exist; give an existing file or folder")
     complete = _read_complete(path)
@@ -196,6 +200,12 @@ def digest_input(path: Path, *, field_name: str) -> str:
         status = file.stat()
         listing.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return listing.hexdigest()
+
+
+def _digest_of_addresses(addresses: tuple[str, ...], field_name: str) -> str:
+    files = find_files(addresses, suffixes=(), setting=field_name)
+    listing = [f"{file.name}\0{file.size}\0{file.modified}" for file in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def _read_complete(output: Path) -> dict[str, Any] | None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -50,12 +51,14 @@ def test_tars_keep_their_numbers_and_account_for_every_sample(tmp_path: Path) ->
     assert [pair.key for pair in pairs] == ["00000_00000", "00000_00001", "00001_00000", "00001_00002", "00002_00000"]
     assert pairs[0].source == "000.tar/a"
     assert pairs[0].captions == ("picture a",)
+    original = hashlib.sha256(PNG).hexdigest()
     assert {**pairs[0].extra, "sha256": ""} == {
         "license": "MIT",
         "original_key": "a",
         "width": 96,
         "height": 64,
         "sha256": "",
+        "original_sha256": original,
     }
 
 

@@ -1,6 +1,8 @@
+import http.server
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,17 @@ import pytest
 
 from cogview.errors import ConfigError
 from cogview.records.fetch import FetchSettings
+from cogview.records.images import ImageSettings
 from cogview.records.tars import read_pairs
+from cogview.records.urls import AddressPolicy
 from cogview.scenes.site import DemoSite, SiteConfig, expected_outcomes
 from cogview.shards.manifest import read_manifest
 from pipelines.runtime.jobs import run_job
 from pipelines.scrape_pairs import DEMO_HOST, JOB, PRESETS, Config, main
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
+from tests.records.test_images import RED_TO_BLUE
+from tests.records.web_site import encode
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -44,6 +50,33 @@ def counted_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[DemoSite]
 
     monkeypatch.setattr(DemoSite, "__enter__", remember)
     yield opened
+
+
+@contextmanager
+def flaky_site(failing: Mapping[str, str]) -> Iterator[tuple[list[str], FetchSettings]]:
+    """A site of the same picture everywhere, but for the paths that fail; what was asked, and how to reach it."""
+    picture = encode(RED_TO_BLUE)
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            status = failing.get(self.path, "200 OK" if "images" in self.path else "404 None")
+            body = picture if status == "200 OK" else b""
+            self.send_response(int(status.split()[0]))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    policy = AddressPolicy(resolve={f"{DEMO_HOST}:80": f"127.0.0.1:{server.server_address[1]}"})
+    yield asked, FetchSettings(host_rate=1000.0, max_wait_s=0.1, policy=policy)
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +170,38 @@ def test_pages_and_tables_of_addresses_are_scraped(tmp_path: Path, scraped: Show
     assert listed.scores["rows_out"] == 5
     assert listed.scores["rejected_address_refused"] == 1
     assert listed.scores["rejected_url_invalid"] == 1
+
+
+def test_failed_rows_are_retried_alone_and_the_rest_is_taken_over(tmp_path: Path) -> None:
+    names = [f"/images/{number:06d}.png" for number in range(6)]
+    failing = {names[1]: "503 Busy", names[3]: "404 Gone", names[4]: "500 Oops"}
+    config = replace(SMALL, demo=None, shard_size=4, workers=1)
+    first = open_run(tmp_path / "first")
+    with flaky_site(failing) as (site, fetch):
+        table = tmp_path / "t.tsv"
+        table.write_text("".join(f"caption {name}\thttp://{DEMO_HOST}{name}\n" for name in names))
+        main(replace(config, table=(str(table),), fetch=fetch), first)
+    assert first.scores["rejected"] == 3
+    again = open_run(tmp_path / "again")
+    del failing[names[1]]
+    out = tmp_path / "out.txt"
+    out.write_text(f"http://{DEMO_HOST}{names[0]}\n")
+    with flaky_site(failing) as (site, fetch):
+        main(replace(config, retry=first.output, fetch=fetch, opt_out=(str(out),)), again)
+        assert [path for path in site if "images" in path] == [names[1], *[names[4]] * 3]
+    assert (again.scores["retried"], again.scores["recovered"]) == (2, 1)
+    rows = [row for path in sorted(again.output.glob("shard-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert [row["reason"] for row in rows] == ["opted_out", "", "", "http_404", "http_500", ""]
+    assert [row["source"] for row in rows] == [f"http://{DEMO_HOST}{name}" for name in names]
+    before, after = (
+        {pair.key: pair for tar in sorted(run.output.glob("*.tar")) for pair in read_pairs(tar)}
+        for run in (first, again)
+    )
+    assert list(after) == ["00000_00001", "00000_00002", "00001_00001"]
+    assert all(after[key] == before[key] for key in ("00000_00002", "00001_00001"))
+    assert read_manifest(again.output, deep=True)["rows_in"] == 6
+    with pytest.raises(ConfigError, match="image-size 64"):
+        main(replace(config, retry=first.output, image=ImageSettings(image_size=32)), open_run(tmp_path / "no"))
 
 
 def test_a_loopback_site_is_refused_unless_it_is_named(tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_scraping_keeps_the_order_and_accounts_for_every_candidate() -> None:
         async with serve(SITE) as site, Fetcher(site.settings(connections=1, max_attempts=1)) as fetcher:
             found = await crawl(fetcher, [START], max_pages=10)
             rows: list[Candidate] = [*found.candidates] * 3
-            return [row async for row in scrape_pairs(rows, shard=7, fetcher=fetcher, settings=ImageSettings())]
+            return [
+                row async for row in scrape_pairs(enumerate(rows), shard=7, fetcher=fetcher, settings=ImageSettings())
+            ]
 
     outcomes = asyncio.run(run())
     assert [row.key for row in outcomes] == [f"00007_{number:05d}" for number in range(15)]

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from cogview.errors import ConfigError
-from cogview.records.fetch import AddressRefusedError, Fetched, Fetcher, FetchSettings, HostGate, PolicyResolver
+from cogview.records.fetch import AddressRefusedError, Fetched, Fetcher, FetchSettings, PolicyResolver
+from cogview.records.opt_out import OptOut
+from cogview.records.pace import HostGate
 from cogview.records.pair import Unusable
 from cogview.records.urls import AddressPolicy
 from tests.records.web_site import HOST, Answer, Site, reply, serve
@@ -224,6 +226,53 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
 # --- robots.txt
 
 
+SITE_FILES = {"ask_ai_txt": True, "ask_tdmrep": True}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ""),
+        ({"/ai.txt": b"User-Agent: *\nDisallow: *.jpg\n"}, "ai_txt_disallowed"),
+        ({"/ai.txt": b"User-Agent: *\nDisallow: *.png\n"}, ""),
+        ({"/ai.txt": b"User-Agent: cogviewbot\nDisallow: /\n"}, "ai_txt_disallowed"),
+        ({"/.well-known/tdmrep.json": b'[{"location": "/*", "tdm-reservation": 1}]'}, "tdm_reserved"),
+        ({"/.well-known/tdmrep.json": b'[{"location": "/b*", "tdm-reservation": 1}]'}, ""),
+        ({"/robots.txt": b"User-agent: *\nDisallow: /", "/ai.txt": b"User-Agent: *\nAllow: /"}, "robots_disallowed"),
+    ],
+)
+def test_what_a_site_reserves_is_left_alone(files: dict[str, bytes], expected: str) -> None:
+    answers = {"/a.jpg": reply(b"x"), **{path: reply(body) for path, body in files.items()}}
+    answer, site = fetch(answers, **SITE_FILES)
+    assert (answer.reason if isinstance(answer, Unusable) else "") == expected
+    assert ("/a.jpg" in site.requests) == (not expected)
+
+
+def test_a_page_in_place_of_a_rule_file_says_nothing() -> None:
+    page = reply(b"User-agent: *\nDisallow: /", headers={"Content-Type": "text/html; charset=utf-8"})
+    answer, _ = fetch({"/a.jpg": reply(b"x"), "/ai.txt": page}, **SITE_FILES)
+    assert isinstance(answer, Fetched)
+    answer, site = fetch({"/a.jpg": reply(b"x"), "/ai.txt": reply(b"", status="503 No")}, **SITE_FILES)
+    assert isinstance(answer, Fetched)
+    assert site.requests[0] == "/robots.txt"
+
+
+def test_who_opted_out_is_not_asked_also_after_a_redirect() -> None:
+    moved = reply(b"", status="302 Found", headers={"Location": "http://other.test/b.jpg"})
+
+    async def run(listed: OptOut) -> tuple[Fetched | Unusable, list[str]]:
+        answers = {"/a.jpg": moved, "/b.jpg": reply(b"x")}
+        async with serve(answers) as site, Fetcher(site.settings(), opt_out=listed) as fetcher:
+            return await fetcher.fetch(URL), site.requests
+
+    for listed, asked in (
+        (OptOut(domains=frozenset({HOST})), []),
+        (OptOut(urls=frozenset({URL})), []),
+        (OptOut(domains=frozenset({"other.test"})), ["/robots.txt", "/a.jpg"]),
+    ):
+        assert asyncio.run(run(listed)) == (Unusable("opted_out"), asked)
+
+
 def robots(text: str | bytes) -> bytes:
     return reply(text if isinstance(text, bytes) else text.encode())
 
@@ -287,11 +336,15 @@ def test_a_redirect_to_another_site_asks_its_robots() -> None:
 # --- pace
 
 
+def gate_of(settings: FetchSettings) -> HostGate:
+    return HostGate(rate=settings.host_rate, connections=settings.host_connections, sharers=settings.sharers)
+
+
 def departures(settings: FetchSettings, *, count: int, crawl_delay: float = 0.0) -> list[float]:
     """When a host's gate lets requests go that all come at once. Arrivals would show the network's jitter as well."""
 
     async def run() -> list[float]:
-        gate, times = HostGate(settings), []
+        gate, times = gate_of(settings), []
         gate.slow_down(crawl_delay)
 
         async def ask() -> None:
@@ -318,7 +371,7 @@ def test_a_crawl_delay_slows_us_down_and_never_hurries_us() -> None:
 
 def test_a_long_crawl_delay_is_kept_however_often_it_is_read() -> None:
     async def run() -> int:
-        gate, gone = HostGate(FetchSettings()), 0
+        gate, gone = gate_of(FetchSettings()), 0
 
         async def ask() -> None:
             nonlocal gone

@@ -5,7 +5,7 @@ import pytest
 from cogview.errors import ConfigError
 from cogview.records.folders import list_images, read_captions, read_image_file
 from cogview.records.pair import Unusable
-from cogview.records.sources import detect_source
+from cogview.records.sources import Source, detect_source
 from tests.records.test_images import RED_TO_BLUE
 from tests.records.web_site import encode
 
@@ -24,10 +24,12 @@ def test_kinds_of_data_are_told_apart(tmp_path: Path) -> None:
     pictures = fill(tmp_path / "p", {"a.PNG": PNG, "a.txt": "x", "sub/b.jpg": PNG})
     tars = fill(tmp_path / "t", {"0.tar": b"", "0.parquet": b"", "0_stats.json": "{}"})
     table = fill(tmp_path / "c", {"t.csv": "url,caption"})
-    assert detect_source(pictures) == "images"
-    assert detect_source(tars) == "tars"
-    assert detect_source(tars / "0.tar") == "tars"
-    assert detect_source(table / "t.csv") == "table"
+    assert detect_source(pictures) == Source(kind="images", folder=pictures)
+    assert [file.name for file in detect_source(tars).files] == ["0.tar"]
+    for given in (tars, tars / "0.tar", f"{tars}/*", [f"{tmp_path}/**/*.tar", str(tars / "0.tar")]):
+        assert detect_source(given).kind == "tars", given
+    for given in (table, table / "t.csv", f"{table}/*.csv", f"file://{table}"):
+        assert detect_source(given).kind == "table", given
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,6 @@ def test_kinds_of_data_are_told_apart(tmp_path: Path) -> None:
         ({}, "", "is an empty folder"),
         ({"readme.md": "x"}, "", "holds no pictures"),
         ({"a.png": PNG, "b.png": PNG}, "", "2 pictures but no captions.* such as a.txt"),
-        ({"t.csv": "url,caption"}, "", "give the table itself"),
         ({"a.png": PNG}, "a.png", "neither a .tar nor a table"),
         ({"a.zip": PNG}, "a.zip", "neither a .tar nor a table"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from cogview.errors import ConfigError
 from cogview.records.candidates import Candidate, count_candidates, read_candidates, write_candidates
-from cogview.records.tables import TableColumns, inspect_table, read_table
+from cogview.records.tables import TableColumns, inspect_table, read_table, require_captions
 
 
 def rows_of(path: Path, **given: object) -> list[tuple[str, tuple[str, ...]]]:
@@ -66,7 +66,6 @@ def test_unquoted_commas_stay_in_the_caption(tmp_path: Path) -> None:
         ("t.csv", "url,width\nhttp://a.org/1.jpg,3\n", "no caption column; its columns are url, width"),
         ("t.csv", "foo,bar\nhttp://a.org/1.jpg,3\n", "no caption column; its columns are foo, bar"),
         ("t.csv", "caption,width\na dog,3\n", "no column of image URLs or paths; its columns are caption, width"),
-        ("t.txt", "http://a.org/1.jpg\nhttp://a.org/2.jpg\n", "no caption column"),
         ("t.jsonl", "", "has no rows"),
         ("t.csv", "", "has no rows"),
         ("t.jsonl", '{"caption": "x"}', "no column of image URLs or paths; its columns are caption"),
@@ -163,8 +162,12 @@ def test_real_tables_are_read(shared_data: Path, name: str, rows: int, is_web: b
 
 
 def test_a_real_list_of_addresses_alone_is_refused(shared_data: Path) -> None:
-    with pytest.raises(ConfigError, match="no caption column"):
-        inspect_table(shared_data / "url_lists" / "img2dataset_test_1000.txt")
+    path = shared_data / "url_lists" / "img2dataset_test_1000.txt"
+    columns = inspect_table(path)
+    assert columns == TableColumns(image="column_1", captions=(), is_web=True, has_header=False)
+    assert sum(row.source.startswith("http") for row in read_table(path, columns)) == 1000
+    with pytest.raises(ConfigError, match="list of images alone"):
+        require_captions(columns, path=path)
 
 
 def test_candidates_come_back_shard_by_shard(tmp_path: Path) -> None:
@@ -175,3 +178,137 @@ def test_candidates_come_back_shard_by_shard(tmp_path: Path) -> None:
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     assert count_candidates(tmp_path / "a.parquet") == (25, 3)
     assert [row for shard in range(3) for row in read_candidates(tmp_path / "a.parquet", shard=shard)] == rows
+
+
+# --- kinds of tables
+
+
+def test_laion_tables_keep_their_licence_and_what_is_asked_for(tmp_path: Path) -> None:
+    rows = [
+        {"SAMPLE_ID": 7, "URL": "http://a.org/1.jpg", "TEXT": "a dog", "LICENSE": "CC-BY", "similarity": 0.31},
+        {"SAMPLE_ID": 8, "URL": "http://a.org/2.jpg", "TEXT": "a cat", "LICENSE": None, "similarity": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    columns = inspect_table(tmp_path / "t.parquet", extra_columns=("similarity",))
+    assert (columns.image, columns.captions, columns.extra) == ("URL", ("TEXT",), ("LICENSE", "similarity"))
+    assert [row.extra for row in read_table(tmp_path / "t.parquet", columns)] == [
+        {"license": "CC-BY", "similarity": 0.31},
+        {},
+    ]
+    with pytest.raises(ConfigError, match="no column nsfw; its columns are SAMPLE_ID"):
+        inspect_table(tmp_path / "t.parquet", extra_columns=("nsfw",))
+
+
+def test_coco_captions_are_gathered_by_image_with_their_licence(tmp_path: Path) -> None:
+    document = {
+        "info": {"year": 2017},
+        "licenses": [{"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}],
+        "images": [
+            {"id": 9, "file_name": "9.jpg", "coco_url": "http://images.example.org/9.jpg", "license": 4},
+            {"id": 8, "file_name": "8.jpg", "coco_url": "http://images.example.org/8.jpg", "license": 77},
+            "nonsense",
+        ],
+        "annotations": [
+            {"image_id": 9, "id": 1, "caption": "A dog."},
+            {"image_id": 8, "id": 2, "caption": "A cat."},
+            {"image_id": 9, "id": 3, "caption": "A brown dog. "},
+            {"image_id": 1, "caption": "of no image"},
+            3,
+        ],
+    }
+    path = write(tmp_path / "captions_val2017.json", json.dumps(document))
+    columns = inspect_table(path)
+    assert columns.is_web
+    first, second = read_table(path, columns)
+    assert (first.source, first.captions) == ("http://images.example.org/9.jpg", ("A dog.", "A brown dog."))
+    assert first.extra["license"] == "Attribution License"
+    assert first.extra["license_url"].endswith("/by/2.0/")
+    assert (second.captions, dict(second.extra)) == (("A cat.",), {})
+    by_file = inspect_table(path, image_column="file_name")
+    assert not by_file.is_web
+    assert [row.source for row in read_table(path, by_file)] == ["9.jpg", "8.jpg"]
+
+
+def test_a_json_file_may_be_an_array_or_lines(tmp_path: Path) -> None:
+    rows = [{"url": "http://a.org/1.jpg", "caption": "dog"}, 5, {"url": "http://a.org/2.jpg", "caption": "cat"}]
+    array = write(tmp_path / "a.json", json.dumps(rows))
+    lines = write(tmp_path / "b.json", "\n".join(map(json.dumps, rows)))
+    assert rows_of(array) == rows_of(lines) == [("http://a.org/1.jpg", ("dog",)), ("", ()), rows_of(array)[2]]
+    for text in ("{broken", "[" * 100_000):
+        with pytest.raises(ConfigError, match="cannot be read as JSON"):
+            inspect_table(write(tmp_path / "c.json", text))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd")])
+def test_compressed_tables_are_read_as_they_are(tmp_path: Path, suffix: str, codec: str) -> None:
+    path = tmp_path / f"t.tsv.{suffix}"
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write("a dog\thttp://a.org/1.jpg\n狗\thttp://a.org/2.jpg\n".encode())
+    assert rows_of(path) == [("http://a.org/1.jpg", ("a dog",)), ("http://a.org/2.jpg", ("狗",))]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        rows_of(path)
+
+
+# --- hostile Parquet
+
+
+def test_nested_extension_and_strange_columns_are_not_touched(tmp_path: Path) -> None:
+    deep: pa.DataType = pa.string()
+    for _ in range(100):
+        deep = pa.struct([("x", deep)])
+    table = pa.table(
+        {
+            "url": pa.array(["http://a.org/1.jpg", None]),
+            "caption": pa.array(["ok", "x"]).dictionary_encode(),
+            "deep": pa.nulls(2, deep),
+            "pickled": pa.ExtensionArray.from_storage(Canary(), pa.array([b"x", b"y"])),
+            "when": pa.array([1, 2], pa.timestamp("s")),
+        }
+    )
+    pa.register_extension_type(Canary())
+    try:
+        pq.write_table(table, tmp_path / "t.parquet")
+        assert rows_of(tmp_path / "t.parquet") == [("http://a.org/1.jpg", ("ok",)), ("", ("x",))]
+        with pytest.raises(ConfigError, match="no column pickled"):
+            inspect_table(tmp_path / "t.parquet", caption_fields=("pickled",))
+    finally:
+        pa.unregister_extension_type(Canary().extension_name)
+
+
+class CanaryScalar(pa.ExtensionScalar):
+    def as_py(self, **options: object) -> object:
+        raise AssertionError("an extension value was opened")
+
+
+class Canary(pa.ExtensionType):
+    """Stands for types whose values are unpickled when they are read."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.binary(), "cogview.test.canary")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> "Canary":
+        return Canary()
+
+    def __arrow_ext_scalar_class__(self) -> type[pa.ExtensionScalar]:
+        return CanaryScalar
+
+
+def test_a_column_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogview.records.table_rows.MAX_COLUMN_BYTES", 2**20)
+    table = pa.table({"url": ["http://a.org/1.jpg"] * 3, "caption": ["x" * 2**20, "y", "z"]})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    with pytest.raises(ConfigError, match=r"column caption takes .* smaller row groups"):
+        inspect_table(tmp_path / "t.parquet")
+
+
+def test_captions_that_are_file_names_are_no_column_of_images(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "IMG_1234.jpg\thttp://a.org/1.jpg\nhttp://b.org\thttp://a.org/2.jpg\n")
+    assert inspect_table(path).image == "column_2"
+    path = write(tmp_path / "u.tsv", "a dog\ta.png\nDSC_1.jpg\tb.png\n")
+    assert inspect_table(path).image == "column_2"

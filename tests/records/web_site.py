@@ -28,7 +28,8 @@ class Site:
 
     def settings(self, **changes: Any) -> FetchSettings:
         resolve = {f"{HOST}:80": f"127.0.0.1:{self.port}", "other.test:80": f"127.0.0.1:{self.port}"}
-        quick = {"host_rate": 1000.0, "total_s": 3.0, "read_s": 1.0, "max_wait_s": 0.05, "max_bytes": 1_000_000}
+        quick: dict[str, Any] = {"ask_ai_txt": False, "ask_tdmrep": False}
+        quick |= {"host_rate": 1000.0, "total_s": 3.0, "read_s": 1.0, "max_wait_s": 0.05, "max_bytes": 1_000_000}
         return FetchSettings(**{**quick, "policy": AddressPolicy(resolve=resolve), **changes})
 
 
