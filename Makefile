@@ -32,7 +32,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-style import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,10 @@ pretrain: $(READY) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTI
 
 generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" [ARGS="..."]
 	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) --prompt $(call quoted,PROMPT) $(ARGS)
+
+finetune-style: $(READY) ## Teach it a style: DATA=/folder STYLE="oil painting" (or a folder for each style) [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_style $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value STYLE),--style $(call quoted,STYLE)) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \
