@@ -35,7 +35,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,10 @@ finetune-captioning: $(READY) ## Teach the model trained last to write captions,
 
 caption: $(READY) ## Write captions in English and Chinese: IMAGES=/folder, a picture or the output of generate [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines caption $(call quoted,PRESET) --images $(call quoted,IMAGES) $(ARGS)
+
+finetune-style: $(READY) ## Teach it a style: DATA=/folder STYLE="oil painting" (or a folder for each style) [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_style $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value STYLE),--style $(call quoted,STYLE)) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \

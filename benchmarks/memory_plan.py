@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.models.gpt import GPT, GPTConfig
-from cogview.training.cross_entropy import LOGITS_BYTES
+from cogview.models.lora import LoRAConfig, add_lora
+from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
 from cogview.training.language_model import LanguageModelLoss
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch, train
 from cogview.training.memory_plan import StepShape, plan_memory
@@ -43,6 +44,7 @@ class Case:
     precision: Precision = "fp32"
     ema_decay: float = 0.0
     logits_bytes: int = LOGITS_BYTES
+    lora: LoRAConfig = LoRAConfig()
 
     @property
     def step(self) -> StepShape:
@@ -54,7 +56,16 @@ class Case:
             is_averaging=self.ema_decay > 0,
             is_cuda=DEVICE == "cuda",
             logits_bytes=self.logits_bytes,
+            lora=self.lora,
         )
+
+    def build(self) -> GPT:
+        """The model, with the adapters if it is these that are trained."""
+        gpt = GPT(self.model)
+        if self.lora.rank:
+            gpt.to(DTYPES[self.precision])
+            add_lora(gpt, self.lora, seed=0)
+        return gpt
 
 
 CASES: Mapping[str, Case] = {
@@ -65,6 +76,10 @@ CASES: Mapping[str, Case] = {
     "6x384_4_rows_chunks": Case(model=replace(SMALL, vocab_size=32_768), rows=4, logits_bytes=16 * 2**20),
     "6x384_4_rows_bf16": Case(model=SMALL, rows=4, precision="bf16"),
     "6x384_2_rows_average": Case(model=SMALL, rows=2, ema_decay=0.99),
+    "6x384_8_rows_lora": Case(model=SMALL, rows=8, lora=LoRAConfig(rank=8)),
+    "6x384_4_rows_lora_bf16": Case(
+        model=replace(SMALL, activation_checkpointing=True), rows=4, precision="bf16", lora=LoRAConfig(rank=8)
+    ),
     "12x512_2_rows": Case(model=replace(SMALL, num_layers=12, hidden_size=512, num_heads=8), rows=2),
 }
 BARS = (Bar(figure="worst_error", op="<=", value=0.15), Bar(figure="cases", op="==", value=len(CASES)))
@@ -76,7 +91,7 @@ class RandomRows:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.rows, self.vocabulary = case.rows, case.model.vocab_size
-        self.module: nn.Module = LanguageModelLoss(GPT(case.model), logits_bytes=case.logits_bytes)
+        self.module: nn.Module = LanguageModelLoss(case.build(), logits_bytes=case.logits_bytes)
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """Random ids, all of which count."""
@@ -127,7 +142,7 @@ def measure_case(case: Case) -> dict[str, float]:
     train_two_steps(case)
     resident = psutil.Process().memory_info().rss if DEVICE == "cuda" else _peak_resident()
     peak = gpu_peak(case) if DEVICE == "cuda" else cpu_peak(case)
-    gpt = GPT(case.model).to(DEVICE, DTYPES[case.precision]).train()
+    gpt = case.build().to(DEVICE, DTYPES[case.precision]).train()
     kept = kept_bytes(gpt, rows=case.rows, length=LENGTH)
     return {"peak": peak, "resident": resident - before, "kept": kept}
 
@@ -180,11 +195,11 @@ def kept_bytes(gpt: GPT, *, rows: int, length: int) -> int:
     ids = torch.randint(gpt.config.vocab_size, (rows, length)).to(device)
     positions = torch.arange(length, device=device).expand(rows, -1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
-        hidden = gpt(ids, positions)
-        logits = gpt.logits(hidden[positions >= 0])  # as the loss does: real tokens are gathered
+        hidden = gpt(ids, positions)[positions >= 0]  # as the loss does: real tokens are gathered
+        losses = token_losses(hidden, gpt.word_embeddings.weight, ids.flatten())
     storages = [holder.tensor.untyped_storage() for holder in kept]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}
-    del logits  # until here it held the graph
+    del losses  # until here they held the graph
     return sum(sizes.values())
 
 

@@ -32,7 +32,7 @@ def save_weights(
     """The same for a model's tensors by name; what is mapped to a file is copied without being held in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(weights), folder / WEIGHTS_NAME)
-    document = {**settings, "config": asdict(config), "sha256": _sha256(folder / WEIGHTS_NAME)}
+    document = {**settings, "config": asdict(config), "sha256": file_sha256(folder / WEIGHTS_NAME)}
     (folder / SETTINGS_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
@@ -44,7 +44,7 @@ def load_model(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS_NAME).read_text())
-        digest = _sha256(folder / WEIGHTS_NAME)
+        digest = file_sha256(folder / WEIGHTS_NAME)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no trained model ({error}); give the output folder of pretrain"
@@ -61,6 +61,7 @@ def load_model(folder: Path) -> tuple[GPT, dict[str, Any]]:
     return model.eval(), settings
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file that may be large, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

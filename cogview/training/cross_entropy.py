@@ -51,14 +51,15 @@ class _LossesOfOneChunk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden_NE, output_VE, labels_N, sums_N = ctx.saved_tensors
         d_logits_NV, ctx.powers_NV = ctx.powers_NV, None
         if d_logits_NV is None:
             raise RuntimeError("the gradient of these losses was taken already; compute them again")
         d_logits_NV.mul_((gradients[0] / sums_N)[:, None])
         narrow_NV = d_logits_NV.scatter_add_(1, labels_N[:, None], -gradients[0][:, None]).to(hidden_NE.dtype)
-        return narrow_NV @ output_VE, narrow_NV.T @ hidden_NE, None
+        d_output_VE = narrow_NV.T @ hidden_NE if ctx.needs_input_grad[1] else None
+        return narrow_NV @ output_VE, d_output_VE, None
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -75,10 +76,11 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradient of the output matrix is gathered in fp32."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """The gradient of the output matrix is gathered in fp32, unless that is frozen."""
         hidden_NE, output_VE, labels_N, log_sums_N = ctx.saved_tensors
-        d_hidden_NE, d_output_VE = torch.empty_like(hidden_NE), torch.zeros_like(output_VE, dtype=log_sums_N.dtype)
+        d_hidden_NE = torch.empty_like(hidden_NE)
+        d_output_VE = torch.zeros_like(output_VE, dtype=log_sums_N.dtype) if ctx.needs_input_grad[1] else None
         parts = [
             torch.split(tensor, ctx.size) for tensor in (hidden_NE, labels_N, log_sums_N, gradients[0], d_hidden_NE)
         ]
@@ -86,9 +88,10 @@ class _ChunkedLosses(torch.autograd.Function):
             d_logits_CV = _gradient_of_chunk(hidden_CE, output_VE, labels_C, log_sum_C).mul_(gradient_C[:, None])
             narrow_CV = d_logits_CV.to(hidden_CE.dtype)
             torch.mm(narrow_CV, output_VE, out=d_hidden_CE)
-            d_output_VE += narrow_CV.T @ hidden_CE
+            if d_output_VE is not None:
+                d_output_VE += narrow_CV.T @ hidden_CE
             del d_logits_CV, narrow_CV  # or they would still be there while the next ones are made
-        return d_hidden_NE, d_output_VE.to(output_VE.dtype), None, None
+        return d_hidden_NE, None if d_output_VE is None else d_output_VE.to(output_VE.dtype), None, None
 
 
 def _reduce(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,9 @@ fp32), the parts are
   written-out forms add their scores, w rows heads length^2. With checkpointing a layer keeps its input alone;
 * logits: 4 bytes for each token and id (fp32 logits, which become their gradient), or those of one chunk.
 
+With adapters (LoRA) only their A parameters have gradients, moments and masters, and the P others w bytes each; output
+matrix and embeddings have no gradient. Activations stay: what is before a frozen layer still learns through it.
+
 They are not all there at once: the peak is the largest of three moments, see `MemoryPlan.peak`. Left out are what is
 small beside these (batch, masks, indices) and what is not ours (`RESERVE`).
 """
@@ -19,6 +22,7 @@ from functools import cache
 
 from cogview.models.attention import is_written_out
 from cogview.models.gpt import GPTConfig, count_parameters
+from cogview.models.lora import LINEARS_IN_BLOCK, LoRAConfig, count_adapters
 from cogview.training.cross_entropy import LOGITS_BYTES, chunk_tokens
 from cogview.training.precision import DTYPES, Precision
 
@@ -34,7 +38,8 @@ class StepShape:
 
     rows, length: of one worker's batch, tokens after the shift; num_workers: from 2 on, gradients lie in buckets that
     stay between steps; state_shards: over how many workers masters and moments are spread (ZeRO stage 1), 1 for none;
-    is_cuda: dropout masks are a byte an element there and a number on a CPU, and the optimizer needs no temporaries.
+    is_cuda: dropout masks are a byte an element there and a number on a CPU, and the optimizer needs no temporaries;
+    lora: with a rank, the adapters alone are trained.
     """
 
     rows: int
@@ -45,6 +50,7 @@ class StepShape:
     is_averaging: bool = False
     is_cuda: bool = True
     logits_bytes: int = LOGITS_BYTES
+    lora: LoRAConfig = LoRAConfig()
 
     @property
     def tokens(self) -> int:
@@ -105,22 +111,24 @@ def plan_memory(config: GPTConfig, step: StepShape) -> MemoryPlan:
         step.width * step.tokens * config.hidden_size,
     )
     is_half = step.precision != "fp32"
-    embeddings = config.vocab_size * config.hidden_size
+    adapters = count_adapters(config, step.lora)
+    trained = adapters if step.lora.rank else number
+    largest = (4 * step.lora.rank if step.lora.rank else config.vocab_size) * config.hidden_size  # trained parameter
     layer, scores = _kept_by_layer(config, step), _scores(config, step)
     kept = config.num_layers * (unit if config.activation_checkpointing else layer)
     in_flight = IN_BACKWARD * unit + 2 * scores + (layer if config.activation_checkpointing else 0)
-    sharded = number * (ADAM + (MASTER if is_half else 0)) // step.state_shards
+    sharded = trained * (ADAM + (MASTER if is_half else 0)) // step.state_shards
     return MemoryPlan(
-        parameters=number,
-        weights=step.width * number,
-        states=sharded + (MASTER * number if step.is_averaging else 0),
-        gradients=step.width * number,
-        master_gradients=MASTER * number // step.state_shards if is_half else 0,
+        parameters=number + adapters,
+        weights=step.width * (number + adapters),
+        states=sharded + (MASTER * trained if step.is_averaging else 0),
+        gradients=step.width * trained,
+        master_gradients=MASTER * trained // step.state_shards if is_half else 0,
         activations=kept + 2 * unit + _dropout_mask(config, step),  # the last norm's input, its output at real tokens
         logits=_logits(config, step),
         layer=in_flight,
-        embedding_gradient=step.width * embeddings,
-        temporaries=0 if step.is_cuda else 8 * embeddings,
+        embedding_gradient=step.width * largest,
+        temporaries=0 if step.is_cuda else 8 * largest,
         has_buckets=step.num_workers > 1,
     )
 
@@ -141,7 +149,24 @@ def _kept_by_layer(config: GPTConfig, step: StepShape) -> int:
     statistics = 4 * step.tokens * (2 * norms + config.num_heads)  # mean, deviation; log of the softmax's sum
     unit = step.width * step.tokens * config.hidden_size
     masks = 2 * _dropout_mask(config, step)
-    return (norms + linear + gelu + attention) * unit + statistics + masks + _scores(config, step)
+    return (
+        (norms + linear + gelu + attention) * unit
+        + statistics
+        + masks
+        + _scores(config, step)
+        + _adapters(config, step)
+    )
+
+
+def _adapters(config: GPTConfig, step: StepShape) -> int:
+    """What the adapters keep of a layer: their narrow middles and, with dropout, masks as large as their inputs."""
+    kept = step.width * LINEARS_IN_BLOCK * step.lora.rank * step.tokens
+    if step.lora.rank and step.lora.dropout:
+        mask = 1 if step.is_cuda else step.width
+        kept += (1 + 1 + 1 + 4) * mask * step.tokens * config.hidden_size
+        # Attention's own output, which its fused form keeps, is no longer the same tensor as the next layer's input.
+        kept += 0 if _keeps_scores(config, step) else step.width * step.tokens * config.hidden_size
+    return kept
 
 
 def _dropout_mask(config: GPTConfig, step: StepShape) -> int:
@@ -172,6 +197,6 @@ def _logits(config: GPTConfig, step: StepShape) -> int:
     chunk = chunk_tokens(config.vocab_size, logits_bytes=step.logits_bytes)
     copy = 0 if step.precision == "fp32" else step.width
     gathered = 4 if step.tokens > chunk else 0  # bytes of an output gradient that chunks are added to
-    gradient = (gathered + step.width) * config.vocab_size * config.hidden_size
+    gradient = 0 if step.lora.rank else (gathered + step.width) * config.vocab_size * config.hidden_size
     logits = (4 + copy) * min(step.tokens, chunk) * config.vocab_size
     return logits + gradient + step.width * step.tokens * config.hidden_size

@@ -30,7 +30,8 @@ class MasterWeights:
     """A module in `precision`, and the optimizer of its weights in fp32.
 
     Between steps every 16-bit parameter is its master, rounded; so a checkpoint holds the masters alone. In fp32 (and
-    below `keeps_fp32`) a parameter is its own master, and nothing is copied.
+    below `keeps_fp32`) a parameter is its own master, and nothing is copied. Frozen parameters have no master, and are
+    in no checkpoint: whoever builds the module brings them along.
     """
 
     def __init__(self, module: nn.Module, *, config: OptimizerConfig, precision: Precision) -> None:
@@ -75,23 +76,33 @@ class MasterWeights:
 
     @torch.no_grad()
     def restore_fp32(self) -> None:
-        """Let the module compute with the masters themselves from now on; training ends with this."""
+        """Put the masters themselves in the places of what is trained, for publishing; training ends with this.
+
+        Frozen parameters stay rounded: in fp32 those of a large model might not fit the GPU.
+        """
         for parameter, master in self._pairs:
             parameter.data = master.data
-        for parameter in self.module.parameters():
-            parameter.data = parameter.data.float() if parameter.dtype in _HALVES else parameter.data
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: `model`, the module's state with masters in place of rounded weights, and `optimizer`."""
+        """For the checkpoint: `model`, what changes of the module's state, with masters in fp32, and `optimizer`."""
         state = self.module.state_dict(keep_vars=True)
-        model = {name: self._master_of.get(tensor, tensor).detach() for name, tensor in state.items()}
+        model = {
+            name: self._master_of.get(tensor, tensor).detach()
+            for name, tensor in state.items()
+            if not _is_frozen(tensor)
+        }
         return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises RuntimeError, ValueError or KeyError if it does not fit."""
-        self.module.load_state_dict(state["model"])
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        own = self.module.state_dict(keep_vars=True)
+        missing, unknown = self.module.load_state_dict(state["model"], strict=False)
+        if lacking := [name for name in missing if not _is_frozen(own[name])]:
+            raise RuntimeError(f"the checkpoint lacks {', '.join(lacking)}")
+        if unknown:
+            raise RuntimeError(f"the model has no {', '.join(unknown)}")
+        for name, tensor in own.items():
             if tensor in self._master_of:
                 self._master_of[tensor].copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -117,11 +128,13 @@ def reduce_in_fp32(_: None, bucket: dist.GradBucket) -> torch.futures.Future[tor
     return mean
 
 
-_HALVES = (torch.float16, torch.bfloat16)
-
-
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Of a module's state: a parameter that is not trained (a buffer is none)."""
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _halve(module: nn.Module, *, dtype: torch.dtype) -> dict[Tensor, nn.Parameter]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from cogview.errors import ConfigError
 from cogview.models.gpt import GPTConfig
+from cogview.models.lora import LoRAConfig, count_adapters
 from cogview.models.sizes import SIZES
 from cogview.training.loop import LoopConfig
 from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
@@ -17,6 +18,7 @@ from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
 SHARDS = (8, 64, 512)
 COLUMNS = ("weights", "states", "gradients", "activations", "or kept", "logits", "peak", "or kept")
 GIB = 2**30
+ALL_WEIGHTS = LoRAConfig()
 NOTES = (
     "states: Adam's moments and, in half precision, fp32 weights; the parts are not all there at the peak",
     "activations and peak: with every layer's activations made again; `or kept`: with all of them kept",
@@ -25,9 +27,17 @@ NOTES = (
 
 
 def plan_lines(
-    model: GPTConfig, *, loop: LoopConfig, length: int, num_workers: int, gpu_memory: float | None
+    model: GPTConfig,
+    *,
+    loop: LoopConfig,
+    length: int,
+    num_workers: int,
+    gpu_memory: float | None,
+    lora: LoRAConfig = ALL_WEIGHTS,
 ) -> Iterator[str]:
     """The plan. length: tokens of a row after the shift; gpu_memory: GiB of each GPU, None if nobody asks.
+
+    lora: with a rank, only adapters are trained.
 
     Raises ConfigError, once everything is told, if the model does not fit.
     """
@@ -38,9 +48,13 @@ def plan_lines(
         precision=loop.precision,
         num_workers=num_workers,
         is_averaging=loop.ema_decay > 0,
+        lora=lora,
     )
     yield from _memory_table({**SIZES, "this run": model}, step)
     yield from NOTES
+    if lora.rank:
+        trained = count_adapters(model, lora)
+        yield f"adapters: rank {lora.rank}, {trained:,} parameters of this run are trained, the others are frozen"
     tokens = loop.global_batch_size * length
     yield f"steps: {loop.num_steps:,} of {loop.global_batch_size:,} rows x {length:,} tokens = {tokens:,}"
     yield f"tokens: {loop.num_steps * tokens:,}, padding among them"

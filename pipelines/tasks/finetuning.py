@@ -8,20 +8,23 @@ look at held-out rows, batches of two images, changes to the model) is a functio
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogview.errors import CheckpointError
+from cogview.errors import CheckpointError, ConfigError
 from cogview.models.continued import continued
 from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.lora import LoRAConfig, add_lora, merge_adapters, save_adapters
 from cogview.models.pivots import SparseConfig
-from cogview.models.published import SETTINGS_NAME, load_model
+from cogview.models.published import SETTINGS_NAME, load_model, save_model
 from cogview.sampling.text_to_image import require_fingerprints
 from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
 from cogview.training.loop import LoopConfig, Ranks
+from cogview.training.precision import DTYPES
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
@@ -48,7 +51,8 @@ class Finetuning:
     checkpoint: the weights to start from; task: a name in TASKS; length: tokens of a full row before the shift, 0 for
     what the texts of pretraining need in this layout; text_loss_weight: of the labels whose input is not an image code.
     is_image_fixed: None for the rule of the checkpoint. Positions beyond its table are added to it, model_changes are
-    made (see `continued`), and adapt has the last word on the model before it is trained.
+    made (see `continued`), and adapt has the last word on the model before it is trained. lora: with a rank, only
+    adapters are trained; they are published beside weights that they are merged into.
     look, lay_out: see `TaskConfig`; published: more entries for `model.json`, where `task` tells what was finetuned.
     """
 
@@ -64,6 +68,7 @@ class Finetuning:
     num_validation_rows: int = 256
     model_changes: Mapping[str, Any] = field(default_factory=dict)
     adapt: Adapt | None = None
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     look: Look | None = None
     lay_out: LayOut = lay_out_rows
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -88,8 +93,22 @@ class Finetuning:
             look=self.look,
             lay_out=self.lay_out,
             published={"task": self.task, "started_from": settings["sha256"], **self.published},
+            save=partial(publish_adapters, base=self.checkpoint, lora=self.lora) if self.lora.rank else save_model,
         )
+        if self.lora.rank:
+            self._freeze(gpt, positions=settings["config"]["max_positions"])
         return (self.adapt(gpt) if self.adapt else gpt), parts, config
+
+    def _freeze(self, gpt: GPT, *, positions: int) -> None:
+        """Adapters, and the frozen weights in the run's precision: on a GPU they are never there in another."""
+        if gpt.config.max_positions > positions:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank}: adapters teach no new positions, and these rows need "
+                f"{gpt.config.max_positions} where the model has {positions}; shorten the rows, or train all weights "
+                "with --lora.rank 0"
+            )
+        gpt.to(DTYPES[self.loop.precision])
+        add_lora(gpt, self.lora, seed=self.loop.seed)
 
     def sequence(self, settings: Mapping[str, Any], *, grid: int) -> SequenceConfig:
         """How rows are laid out. settings: `model.json` of the checkpoint; grid: of the rows."""
@@ -116,24 +135,32 @@ def finetune(settings: Finetuning, *, run: JobRun, num_workers: int) -> dict[str
     """Train on Ray to the end; the scores of the run are set, and the last values of all metrics returned."""
     gpt, parts, config = settings.start()  # before Ray starts: whatever does not fit together is said now
     weights = sum(parameter.numel() for parameter in gpt.parameters())
+    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", ""), "checkpoint": run.inputs.get("checkpoint", "")})
     run.say(
         f"{settings.task}: {len(parts.train):,} rows of up to {config.sequence.length} tokens, {weights:,} parameters"
+        + (f", {trained:,} of them trained" if trained < weights else "")
     )
     del gpt
     job = TrainingJob(
         build=build_task,
         config=settings,
         loop=settings.loop,
-        identity={"digest": run.digest},
+        identity={"digest": run.digest, "started_from": config.published["started_from"]},
         output=run.output,
         num_workers=num_workers,
     )
     last = train_on_ray(job, run=run)
     run.scores.update({name: last[name] for name in SCORES if name in last})
-    run.scores["parameters"] = weights
+    run.scores.update(parameters=weights, trained_parameters=trained)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
     return last
+
+
+def publish_adapters(gpt: GPT, output: Path, *, settings: Mapping[str, Any], base: Path, lora: LoRAConfig) -> None:
+    """Write the adapters, and the base with the adapters merged in."""
+    save_adapters(gpt, output, config=lora, settings=settings, base_sha256=settings["started_from"])
+    merge_adapters(base, output, output)
 
 
 def build_task(settings: Finetuning, ranks: Ranks) -> LanguageModelTask:
@@ -156,4 +183,11 @@ def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float
     shape = dict(stored["config"])
     model = GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))})
     model = replace(model, max_positions=max(model.max_positions, length - 1), **settings.model_changes)
-    return plan_lines(model, loop=settings.loop, length=length - 1, num_workers=num_workers, gpu_memory=gpu_memory)
+    return plan_lines(
+        model,
+        loop=settings.loop,
+        length=length - 1,
+        num_workers=num_workers,
+        gpu_memory=gpu_memory,
+        lora=settings.lora,
+    )

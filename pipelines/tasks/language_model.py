@@ -105,6 +105,7 @@ class TaskConfig:
 
     look: called with the task and the step after the held-out losses of each validation; returns more scores, and
     under PICTURE_KEY a picture (see `save_sheet`). lay_out: makes the batches. published: goes into `model.json`.
+    save: writes the model with these settings, as `save_model` does.
     """
 
     layout: SequenceLayout
@@ -115,6 +116,7 @@ class TaskConfig:
     look: Look | None = None
     lay_out: LayOut = lay_out_rows
     published: Mapping[str, Any] = field(default_factory=dict)
+    save: Callable[..., None] = save_model
 
 
 class LanguageModelTask:
@@ -154,7 +156,7 @@ class LanguageModelTask:
             "is_image_fixed": sequence.is_image_fixed,
             "num_steps": self.config.loop.num_steps,
         }
-        save_model(self.gpt, output, settings={**settings, **self.config.published})
+        self.config.save(self.gpt, output, settings={**settings, **self.config.published})
 
     def lay_out(self, rows: TokenRows) -> SequenceBatch:
         """Token rows as the model reads them."""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.lora import LoRAConfig, add_lora
 from cogview.training.language_model import LanguageModelLoss
 from cogview.training.loop import LoopConfig, Ranks, StepLoss, WeightedBatch, train
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 
 MODEL = GPTConfig(vocab_size=40, max_positions=9, num_layers=2, hidden_size=16, num_heads=2, dropout=0.1, init_std=0.2)
+ALL_WEIGHTS = LoRAConfig()
 LOOP = LoopConfig(
     num_steps=10,
     global_batch_size=4,
@@ -38,11 +40,23 @@ class Poisoned(LanguageModelLoss):
 
 
 class GPTTask:
-    """The task. poison: steps at which the last worker's loss is NaN; stop_before: where the run is interrupted."""
+    """The task. poison: steps at which the last worker's loss is NaN; stop_before: where the run is interrupted.
 
-    def __init__(self, *, poison: range = range(0), stop_before: int = -1, dropout: float = 0.1) -> None:
+    lora: with a rank, only its adapters are trained.
+    """
+
+    def __init__(
+        self,
+        *,
+        poison: range = range(0),
+        stop_before: int = -1,
+        dropout: float = 0.1,
+        lora: LoRAConfig = ALL_WEIGHTS,
+    ) -> None:
         torch.manual_seed(0)
         self.gpt = GPT(replace(MODEL, dropout=dropout))
+        if lora.rank:
+            add_lora(self.gpt, lora, seed=1)
         self.module = Poisoned(self.gpt)
         self.poison, self.stop_before = poison, stop_before
         self.validated: dict[int, Tensor] = {}

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.memory_plan import kept_bytes
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.models.lora import LoRAConfig, add_lora, count_adapters
 from cogview.models.sizes import SIZES
 from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
 
@@ -65,3 +66,25 @@ def test_activations_are_those_that_autograd_keeps(changes: dict[str, object], i
     step = StepShape(rows=3, length=length, is_cuda=False)
     kept = kept_bytes(GPT(config).train(), rows=3, length=length)
     assert plan_memory(config, step).activations == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["lora", "lora with dropout"])
+@pytest.mark.parametrize("is_remade", [False, True], ids=["kept", "remade"])
+def test_activations_with_adapters_are_those_that_autograd_keeps(dropout: float, is_remade: bool) -> None:
+    config = replace(SMALL, num_layers=6, max_positions=161, activation_checkpointing=is_remade)
+    lora = LoRAConfig(rank=4, dropout=dropout)
+    gpt = GPT(config).train()
+    add_lora(gpt, lora, seed=1)
+    step = StepShape(rows=3, length=160, is_cuda=False, lora=lora)
+    assert plan_memory(config, step).activations == pytest.approx(kept_bytes(gpt, rows=3, length=160), rel=0.02)
+
+
+def test_adapters_fit_the_4b_model_into_one_gpu() -> None:
+    config = replace(SIZES["4b"], activation_checkpointing=True)
+    step = StepShape(rows=4, length=1088, precision="bf16", lora=LoRAConfig(rank=16))
+    plan, whole = plan_memory(config, step), plan_memory(config, replace(step, lora=LoRAConfig()))
+    adapters = count_adapters(config, step.lora)
+    assert plan.weights == 2 * (3_928_849_920 + adapters)
+    assert plan.states + plan.gradients == (12 + 2) * adapters
+    assert plan.fits(16 * 2**30)
+    assert not whole.fits(64 * 2**30)
