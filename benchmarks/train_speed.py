@@ -161,6 +161,14 @@ def gpt2_step(*, compiled: bool = False) -> Step:
 
 def dalle_step(*, is_plain: bool = False) -> Step:
     """DALLE-pytorch's DALLE on codes, with its own losses: by its defaults, or without shifted tokens and rotation."""
+    model = dalle_model(is_plain=is_plain)
+    text = torch.randint(1, TEXT_IDS - TEXT, (BATCH, TEXT))
+    codes = torch.randint(IMAGE_IDS, (BATCH, IMAGE_SIDE**2))
+    return optimized(model, lambda: model(text, codes, return_loss=True))
+
+
+def dalle_model(*, is_plain: bool = False) -> nn.Module:
+    """DALLE-pytorch's DALLE of our size."""
     # Its package imports taming's VQGAN, and with it PyTorch Lightning and torchvision, for a class not used here.
     unused = types.ModuleType("taming.models.vqgan")
     unused.__dict__.update(VQModel=None, GumbelVQ=None)
@@ -168,7 +176,7 @@ def dalle_step(*, is_plain: bool = False) -> Step:
     from dalle_pytorch import DALLE, DiscreteVAE
 
     vae = DiscreteVAE(image_size=IMAGE_SIDE * 2, num_layers=1, num_tokens=IMAGE_IDS, codebook_dim=16, hidden_dim=16)
-    model = DALLE(
+    model: nn.Module = DALLE(
         dim=WIDTH,
         vae=vae,
         num_text_tokens=TEXT_IDS - TEXT,  # it adds an id of its own for the padding at each text position
@@ -179,9 +187,7 @@ def dalle_step(*, is_plain: bool = False) -> Step:
         shift_tokens=not is_plain,
         rotary_emb=not is_plain,
     )
-    text = torch.randint(1, TEXT_IDS - TEXT, (BATCH, TEXT))
-    codes = torch.randint(IMAGE_IDS, (BATCH, IMAGE_SIDE**2))
-    return optimized(model, lambda: model(text, codes, return_loss=True))
+    return model
 
 
 def main() -> int:
