@@ -23,6 +23,7 @@ from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.training.language_model import LanguageModelLoss
 from cogview.training.loop import LoopConfig, Ranks, Sharding, WeightedBatch, train
+from cogview.training.memory_plan import StepShape, plan_memory
 from cogview.training.optimization import OptimizerConfig
 
 LENGTH, ROWS, IDS = 64, 4, 1000
@@ -82,6 +83,15 @@ def measure(*, steps: int) -> Figures:
         differences = [abs(losses[name][step] - loss) / loss for step, loss in alone.items()]
         figures[f"loss/{name}/largest_relative_difference"] = max(differences)
     found = [value for key, value in figures.items() if key.startswith("loss/") and isinstance(value, float)]
+    for name, (sharding, world) in ARMS.items():
+        shape = StepShape(
+            rows=ROWS // world,
+            length=LENGTH,
+            num_workers=world,
+            shards=world if sharding == "full" else 0,
+            is_cuda=False,
+        )
+        figures[f"memory/{name}/planned MiB"] = plan_memory(MODEL, shape).peak / 2**20
     share = highest["two workers"] / highest["one worker"]
     return {"loss/largest_relative_difference": max(found), "memory/share_of_one_worker": share, **figures}
 

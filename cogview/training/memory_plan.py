@@ -13,6 +13,9 @@ fp32), the parts are
 With adapters (LoRA) only their A parameters have gradients, moments and masters, and the P others w bytes each; output
 matrix and embeddings have no gradient. Activations stay: what is before a frozen layer still learns through it.
 
+Sharded over S workers (FSDP2), weights, gradients and moments are 16 P / S in any precision. To these come, gathered
+while they compute and w bytes each, two layers and what belongs to no layer, with the gradients of the latter.
+
 They are not all there at once: the peak is the largest of three moments, see `MemoryPlan.peak`. Left out are what is
 small beside these (batch, masks, indices) and what is not ours (`RESERVE`).
 """
@@ -37,7 +40,7 @@ class StepShape:
     """How the model is trained, as far as memory depends on it.
 
     rows, length: of one worker's batch, tokens after the shift; num_workers: from 2 on, gradients lie in buckets that
-    stay between steps; state_shards: over how many workers masters and moments are spread (ZeRO stage 1), 1 for none;
+    stay between steps; shards: over how many of them everything is spread (FSDP2), 0 for a whole model on each;
     is_cuda: dropout masks are a byte an element there and a number on a CPU, and the optimizer needs no temporaries;
     lora: with a rank, the adapters alone are trained.
     """
@@ -46,7 +49,7 @@ class StepShape:
     length: int
     precision: Precision = "fp32"
     num_workers: int = 1
-    state_shards: int = 1
+    shards: int = 0
     is_averaging: bool = False
     is_cuda: bool = True
     logits_bytes: int = LOGITS_BYTES
@@ -68,8 +71,9 @@ class MemoryPlan:
     """Bytes of one worker.
 
     states: masters, moments and average, there all the time as are the weights; activations: kept for the backward
-    pass; logits: what the loss needs on top; layer: in flight in one layer's backward pass; embedding_gradient: one
-    copy of the largest gradient; temporaries: of the optimizer, for the largest parameter.
+    pass; logits: what the loss needs on top; gathered: whole weights of sharded ones, while they compute; layer: in
+    flight in one layer's backward pass; embedding_gradient: one copy of the largest gradient; temporaries: of the
+    optimizer, for the largest parameter.
     """
 
     parameters: int
@@ -79,6 +83,7 @@ class MemoryPlan:
     master_gradients: int
     activations: int
     logits: int
+    gathered: int
     layer: int
     embedding_gradient: int
     temporaries: int
@@ -93,9 +98,9 @@ class MemoryPlan:
     def peak(self) -> int:
         """The most at any time: at the loss, at the start of the backward pass, or at its end and the optimizer's."""
         kept = 0 if self.has_buckets else self.gradients
-        at_loss = self.activations + self.logits
-        at_start = self.activations + self.embedding_gradient + self.layer
-        at_end = kept + self.embedding_gradient
+        at_loss = self.activations + self.logits + self.gathered
+        at_start = self.activations + self.embedding_gradient + self.layer + self.gathered
+        at_end = kept + self.embedding_gradient + self.gathered
         at_optimizer = (self.master_gradients or kept) + self.temporaries
         return self.steady + max(at_loss, at_start, at_end, at_optimizer)
 
@@ -110,26 +115,30 @@ def plan_memory(config: GPTConfig, step: StepShape) -> MemoryPlan:
         _count(replace(config, activation_checkpointing=False)),
         step.width * step.tokens * config.hidden_size,
     )
-    is_half = step.precision != "fp32"
+    has_masters = step.precision != "fp32" and not step.shards
     adapters = count_adapters(config, step.lora)
     trained = adapters if step.lora.rank else number
     largest = (4 * step.lora.rank if step.lora.rank else config.vocab_size) * config.hidden_size  # trained parameter
     layer, scores = _kept_by_layer(config, step), _scores(config, step)
     kept = config.num_layers * (unit if config.activation_checkpointing else layer)
     in_flight = IN_BACKWARD * unit + 2 * scores + (layer if config.activation_checkpointing else 0)
-    sharded = trained * (ADAM + (MASTER if is_half else 0)) // step.state_shards
+    copies = max(1, step.shards)
+    width = MASTER if step.shards else step.width  # of weights and gradients between their uses
+    states = ADAM + (MASTER if has_masters else 0) + (MASTER if step.is_averaging else 0)
+    in_layer, outside = _split_weights(config, number)
     return MemoryPlan(
         parameters=number + adapters,
-        weights=step.width * (number + adapters),
-        states=sharded + (MASTER * trained if step.is_averaging else 0),
-        gradients=step.width * trained,
-        master_gradients=MASTER * trained // step.state_shards if is_half else 0,
+        weights=width * (number + adapters) // copies,
+        states=states * trained // copies,
+        gradients=width * trained // copies,
+        master_gradients=MASTER * trained if has_masters else 0,
         activations=kept + 2 * unit + _dropout_mask(config, step),  # the last norm's input, its output at real tokens
         logits=_logits(config, step),
-        layer=in_flight,
-        embedding_gradient=step.width * largest,
-        temporaries=0 if step.is_cuda else 8 * largest,
-        has_buckets=step.num_workers > 1,
+        gathered=step.width * (2 * in_layer + outside) if step.shards else 0,
+        layer=in_flight + (step.width * in_layer if step.shards else 0),
+        embedding_gradient=(step.width + (MASTER if step.shards else 0)) * largest,  # sharded ones are summed in fp32
+        temporaries=0 if step.is_cuda else 8 * largest // copies,
+        has_buckets=step.num_workers > 1 and not step.shards,
     )
 
 
@@ -137,6 +146,12 @@ def plan_memory(config: GPTConfig, step: StepShape) -> MemoryPlan:
 def _count(config: GPTConfig) -> int:
     """Remembered, for a table asks for the same model many times, and each count builds it on the meta device."""
     return count_parameters(config)
+
+
+def _split_weights(config: GPTConfig, number: int) -> tuple[int, int]:
+    """The weights of one layer, and those of none."""
+    outside = (config.vocab_size + config.max_positions + 2) * config.hidden_size  # embeddings and the last norm
+    return (number - outside) // config.num_layers, outside
 
 
 def _kept_by_layer(config: GPTConfig, step: StepShape) -> int:

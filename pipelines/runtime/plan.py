@@ -22,7 +22,7 @@ ALL_WEIGHTS = LoRAConfig()
 NOTES = (
     "states: Adam's moments and, in half precision, fp32 weights; the parts are not all there at the peak",
     "activations and peak: with every layer's activations made again; `or kept`: with all of them kept",
-    "over 8, 64, 512: the peak if states were spread over so many workers (ZeRO); this project does not do so yet",
+    "over 8, 64, 512: the peak with everything spread over so many workers (--loop.sharding full)",
 )
 
 
@@ -47,6 +47,7 @@ def plan_lines(
         length=length,
         precision=loop.precision,
         num_workers=num_workers,
+        shards=num_workers if loop.sharding == "full" else 0,
         is_averaging=loop.ema_decay > 0,
         lora=lora,
     )
@@ -63,8 +64,9 @@ def plan_lines(
     yield f"memory: {plan.peak / GIB:.1f} GiB on each of {num_workers} workers, and {reserve}"
     if gpu_memory is not None and not plan.fits(round(gpu_memory * GIB)):
         raise ConfigError(
-            f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose a smaller "
-            "model or --loop.micro-batch-size, more workers, --loop.precision bf16 or --model.activation-checkpointing"
+            f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose "
+            "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, or a smaller model or "
+            "--loop.micro-batch-size"
         )
 
 
@@ -85,5 +87,5 @@ def _memory_row(model: GPTConfig, step: StepShape) -> str:
     parts = (remade.weights, remade.states, gradients, remade.activations, kept.activations)
     sizes = [part / GIB for part in (*parts, remade.logits, remade.peak, kept.peak)]
     remaking = replace(model, activation_checkpointing=True)
-    sharded = [plan_memory(remaking, replace(step, state_shards=shards)).peak / GIB for shards in SHARDS]
+    sharded = [plan_memory(remaking, replace(step, shards=shards)).peak / GIB for shards in SHARDS]
     return f"{kept.parameters:>15,}" + "".join(f"{x:>12.2f}" for x in sizes) + "".join(f"{x:>10.2f}" for x in sharded)

@@ -43,7 +43,10 @@ def test_sharded_states_and_an_average_count_for_what_they_are() -> None:
     alone = plan_memory(SMALL, replace(STEP, precision="fp32"))
     assert alone.states == 8 * number
     assert plan_memory(SMALL, STEP).states == 12 * number
-    assert plan_memory(SMALL, replace(STEP, state_shards=4)).states == 3 * number
+    spread = plan_memory(SMALL, replace(STEP, num_workers=4, shards=4))
+    assert spread.weights + spread.states + spread.gradients == 4 * number
+    layer = sum(weight.numel() for weight in GPT(SMALL).transformer.layers[0].parameters())
+    assert spread.gathered == 2 * (number - 3 * layer + 2 * layer), "two of three layers, and what is in none"
     assert plan_memory(SMALL, replace(STEP, is_averaging=True)).states == 16 * number
     assert plan_memory(SMALL, replace(STEP, num_workers=2)).steady == 16 * number, "with gradients in buckets"
 
