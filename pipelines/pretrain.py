@@ -74,6 +74,7 @@ PAPER = Config(
         global_batch_size=6144,  # 12 rows on each of 512 GPUs
         optimizer=OptimizerConfig(learning_rate=3e-4),
         precision="fp16",  # with fp32 master weights, the paper's "almost O2"
+        sharding="full",  # 16 bytes a parameter are 63 GB; the paper spreads optimizer states (ZeRO), this all of it
         loss_scale=LossScaleConfig(initial=2.0**32),  # the release starts very high; the first steps find the scale
         checkpoint_every=500,
         validate_every=2000,

@@ -65,8 +65,8 @@ def plan_lines(
     if gpu_memory is not None and not plan.fits(round(gpu_memory * GIB)):
         raise ConfigError(
             f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose "
-            "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, or a smaller model or "
-            "--loop.micro-batch-size"
+            "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, "
+            "a smaller --loop.micro-batch-size or a smaller model"
         )
 
 

@@ -22,7 +22,8 @@ def test_the_plan_of_the_paper_tells_every_size_tokens_and_steps() -> None:
 
 
 def test_what_does_not_fit_is_told_after_the_table() -> None:
-    lines = pretrain.plan(pretrain.PAPER, gpu_memory=32.0)
+    whole = replace(pretrain.PAPER, loop=replace(pretrain.PAPER.loop, sharding="none"))
+    lines = pretrain.plan(whole, gpu_memory=32.0)
     told = io.StringIO()
     with pytest.raises(ConfigError, match="--gpu-memory 32: a worker needs"):
         told.writelines(lines)
@@ -30,6 +31,7 @@ def test_what_does_not_fit_is_told_after_the_table() -> None:
 
 
 def test_what_fits_raises_nothing() -> None:
+    assert list(pretrain.plan(pretrain.PAPER, gpu_memory=32.0)), "spread over the paper's 512 GPUs"
     assert list(pretrain.plan(replace(pretrain.PAPER, model=SIZES["tiny"]), gpu_memory=80.0))
 
 
