@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PRESET ?= smoke
+ROOT   ?= runs/$(PRESET)
 TORCH  ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 
 # Modules are compiled once, when they are first imported; without this every Ray worker would compile them again.
@@ -10,6 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN        := .venv/bin
 READY      := .venv/.ready
 READY_DEV  := .venv/.ready-dev
+READY_CLUSTER := .venv/.ready-cluster
 UNFINISHED := .venv/.unfinished
 LOCK       := .venv-lock
 
@@ -22,6 +24,10 @@ BENCHMARKS   = $(filter-out __init__ harness processes rivals,$(basename $(notdi
 
 # The value of a variable as one word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(value $(1)))'
+
+# What runs on the cluster's head instead of here; the checkout goes along.
+SUBMIT = $(BIN)/ray job submit --address $(call quoted,CLUSTER) --working-dir . --runtime-env clusters/runtime_env.yaml \
+    --submission-id cogview-$(call quoted,PRESET)-$(shell date +%Y%m%d-%H%M%S) --
 
 # What is missing is said before anything is set up.
 ifneq ($(filter generate,$(MAKECMDGOALS)),)
@@ -42,9 +48,9 @@ help: ## List these commands
 
 setup: $(READY) ## Set up .venv (PYTHON=python3.12, TORCH=cpu or cuda); the other commands do this by themselves
 
-pretrain: $(READY) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTIONS=zh,en] [PRESET=smoke] [ARGS="..."]
-	@$(BIN)/python -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
-	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(ARGS)
+pretrain: $(if $(value CLUSTER),$(READY_CLUSTER),$(READY)) ## Web pages to pictures; your own pairs: DATA=/folder [CAPTIONS=zh,en] [PRESET=smoke] [CLUSTER=http://head:8265 ROOT=/shared/folder] [ARGS="..."]
+	@$(if $(value CLUSTER),$(SUBMIT) python,$(BIN)/python) -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(if $(value CLUSTER),--root $(call quoted,ROOT)) $(ARGS)
 
 generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [ARGS="..."]
 	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) \
@@ -133,6 +139,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python $(INSTALL) --upgrade pip  # a Python's own pip is often old, and takes twice as long
 	@$(BIN)/python $(INSTALL) $(TORCH_INDEX) --no-deps torch
 	@$(BIN)/python $(INSTALL) --editable .
+	@touch $@ && rm $(UNFINISHED)
+
+$(READY_CLUSTER): $(READY)
+	@touch $(UNFINISHED)
+	@$(BIN)/python $(INSTALL) --editable '.[cluster]'
 	@touch $@ && rm $(UNFINISHED)
 
 $(READY_DEV): $(READY)

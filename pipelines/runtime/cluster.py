@@ -106,6 +106,15 @@ def ray_logs() -> Path | None:
     return _session["folder"] / "logs" if _session else None
 
 
+def cluster_words() -> str:
+    """The running Ray in a few words: `2 nodes with 32 CPUs and 16 GPUs`."""
+    import ray
+
+    nodes, found = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+    gpus = f"{found['GPU']:g} GPUs" if found.get("GPU") else "no GPU"
+    return f"{nodes} node{'s' if nodes > 1 else ''} with {found.get('CPU', 0):g} CPUs and {gpus}"
+
+
 def usable_cpus() -> int:
     """The CPUs that this process may use, which in a container or a batch job are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

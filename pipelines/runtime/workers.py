@@ -23,7 +23,7 @@ from PIL import Image
 import cogview.errors
 from cogview.errors import CogViewError
 from cogview.training.loop import METRICS_NAME, STOP_NAME, LoopConfig, Ranks, Task, train
-from pipelines.runtime.cluster import ensure_ray, usable_cpus
+from pipelines.runtime.cluster import cluster_words, ensure_ray, usable_cpus
 from pipelines.runtime.jobs import JobRun
 
 MAX_FAILURES = 8  # restarts of the worker group; never endless, for a defect would loop
@@ -57,6 +57,7 @@ def train_on_ray(job: TrainingJob, *, run: JobRun) -> dict[str, float]:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    run.say(f"{job.num_workers} workers on {cluster_words()}")
     stop = job.output / STOP_NAME
     for stale in (job.output / FAILURE_NAME, job.output / RAY_FOLDER, stop):
         _remove(stale)
