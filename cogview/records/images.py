@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cogview.records.containment import decode_contained
 from cogview.records.pair import Unusable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -89,8 +90,13 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int =
 
     short_side: the caller will scale down to this, so a JPEG may be decoded at a fraction of its size (at least twice
     this side). Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
-    image_truncated, image_damaged.
+    image_truncated, image_damaged; decoder_died and decoder_hung where decoding is contained (see `containment`).
     """
+    return decode_contained(decode_here, data, max_pixels=max_pixels, short_side=short_side)
+
+
+def decode_here(data: bytes, *, max_pixels: int, short_side: int) -> Image.Image | Unusable:
+    """`decode_image` in this process, whatever becomes of it."""
     if not data:
         return Unusable("image_empty")
     try:
