@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,8 +38,10 @@ from cogview.shards.manifest import TEMPORARY, file_record, read_manifest
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.text import TextTokenizerConfig, train_text_tokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
+from pipelines.runtime.jobs import Job
 
 KINDS = ("driver", "worker", "writer")
+WEIGHTS = (1, 2, 2)  # a driver takes the longest to come back
 JOBS = ("scrape_pairs", "import_pairs", "filter_pairs", "tokenize_pairs")
 NUM_PICTURES, NUM_SCENES, SHARD_SIZE, IMAGE_SIZE = 240, 240, 20, 32
 SHARD_FILES = ("*.tar", "*.parquet", "*.arrow", "*_stats.json", "manifest.json", "_manifest/*.json")
@@ -48,26 +50,26 @@ GAVE_UP = 2  # exit code of a job that one shard has killed too often; it says i
 PATIENCE_S = 300.0  # without an opportunity to kill, or without an end
 
 
-def measure(*, kills: int, seeds: int, minutes: float) -> Figures:
-    """Run once in peace, then for each seed until its share of the kills is done, and compare."""
+def measure(*, kills: int, seeds: int, minutes: float, jobs: Sequence[str] = JOBS) -> Figures:
+    """Run the jobs once in peace, then for each seed until its share of the kills is done, and compare."""
     started = time.monotonic()
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="cogview-ingest-kills-") as name:
         folder = Path(name)
         make_inputs(folder / "inputs")
         with ProcessWatch(dict(os.environ), interval=600.0) as watch:
-            chaos = Chaos(inputs=folder / "inputs", environment=watch.environment)
+            chaos = Chaos(inputs=folder / "inputs", environment=watch.environment, jobs=jobs)
             chaos.run_killed(folder / "quiet", kills=0, generator=random.Random(0))
             wanted = shard_files(folder / "quiet")
             say(f"{len(wanted)} files in {time.monotonic() - started:.0f} s without kills")
-            totals["lost"], totals["doubled"] = lost_and_doubled(folder / "quiet", inputs=folder / "inputs")
+            totals["lost"], totals["doubled"] = lost_and_doubled(folder / "quiet", folder / "inputs", jobs=jobs)
             for seed in range(seeds):
                 goal = kills * (seed + 1) // seeds
                 generator = random.Random(seed)
                 while sum(chaos.kills.values()) < goal and time.monotonic() - started < 60 * minutes:
                     root = folder / f"round-{totals['rounds']}"
                     chaos.run_killed(root, kills=goal - sum(chaos.kills.values()), generator=generator)
-                    totals.update(differences(root, wanted=wanted, inputs=folder / "inputs"))
+                    totals.update(differences(root, folder / "inputs", wanted=wanted, jobs=jobs))
                     say(f"seed {seed}: {dict(chaos.kills)}, {dict(totals)}, {time.monotonic() - started:.0f} s")
                     shutil.rmtree(root)
             orphans = watch.wait_for_end(seconds=30)
@@ -91,6 +93,7 @@ class Chaos:
 
     inputs: Path
     environment: Mapping[str, str]
+    jobs: Sequence[str]
     kills: Counter[str] = field(default_factory=Counter)
     started: int = 0
 
@@ -110,6 +113,7 @@ class Chaos:
         self.started += 1
         root.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.ingest_kills", "--drive", str(self.inputs), "--root", str(root)]
+        command += ["--jobs", *self.jobs]
         with open(log_of(root), "ab") as log:
             return subprocess.Popen(
                 command, cwd=REPOSITORY, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -118,17 +122,17 @@ class Chaos:
     def _kill_parts(self, driver: subprocess.Popen[bytes], root: Path, *, kills: int, generator: random.Random) -> int:
         """Kill until the driver is dead or done, or `kills` are done; how many were."""
         done = 0
+        kind = generator.choices(KINDS, weights=WEIGHTS)[0]
         while done < kills and driver.poll() is None:
-            kind = generator.choices(KINDS, weights=(1, 2, 2))[0]
             time.sleep(generator.uniform(0.0, 0.6))
             if not wait_until(partial(is_at_work, root), while_running=driver):
                 break
-            if not self._kill(kind, driver, root, generator):
-                continue
-            done += 1
-            self.kills[kind] += 1
-            if kind == "driver":
-                break
+            if self._kill(kind, driver, root, generator):
+                done += 1
+                self.kills[kind] += 1
+                if kind == "driver":
+                    break
+                kind = generator.choices(KINDS, weights=WEIGHTS)[0]
         return done
 
     def _kill(self, kind: str, driver: subprocess.Popen[bytes], root: Path, generator: random.Random) -> bool:
@@ -200,13 +204,13 @@ def killed(process: psutil.Process, *, only_if: Callable[[], bool] = lambda: Tru
     return False
 
 
-def differences(root: Path, *, wanted: Mapping[str, str], inputs: Path) -> dict[str, int]:
+def differences(root: Path, inputs: Path, *, wanted: Mapping[str, str], jobs: Sequence[str]) -> dict[str, int]:
     """What a finished round has that it should not, or lacks."""
     found = shard_files(root)
     different = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     for name in different:
         say(f"differs: {name}")
-    lost, doubled = lost_and_doubled(root, inputs=inputs)
+    lost, doubled = lost_and_doubled(root, inputs, jobs=jobs)
     leftovers = [path for pattern in LEFTOVERS for path in root.rglob(pattern)]
     return {
         "lost": lost,
@@ -223,22 +227,31 @@ def shard_files(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): file_record(path)["sha256"] for path in sorted(paths)}
 
 
-def lost_and_doubled(root: Path, *, inputs: Path) -> tuple[int, int]:
+def lost_and_doubled(root: Path, inputs: Path, *, jobs: Sequence[str]) -> tuple[int, int]:
     """Rows that are missing, and rows too many, over all jobs: each by the names of what it was given."""
-    pictures = Counter(path.name for path in (inputs / "pictures").glob("*.png"))
-    expected = {
-        "scrape_pairs": Counter(
-            pq.read_table(output_of(root, "scrape_pairs") / "candidates.parquet")["source"].to_pylist()
-        ),
-        "import_pairs": pictures,
-    }
-    found = {job: Counter(statuses(root, job, "source")) for job in expected}
-    expected["filter_pairs"] = Counter(kept(root, "scrape_pairs"))
-    found["filter_pairs"] = Counter(statuses(root, "filter_pairs", "key"))
-    expected["tokenize_pairs"] = Counter(kept(root, "filter_pairs"))
-    found["tokenize_pairs"] = Counter(tokenized_keys(root))
-    lost = sum((expected[job] - found[job]).total() for job in JOBS)
-    return lost, sum((found[job] - expected[job]).total() for job in JOBS)
+    lost = doubled = 0
+    for job in jobs:
+        expected, found = Counter(given(root, inputs, job)), Counter(accounted_for(root, job))
+        lost += (expected - found).total()
+        doubled += (found - expected).total()
+    return lost, doubled
+
+
+def given(root: Path, inputs: Path, job: str) -> Iterator[str]:
+    """The names of all rows that a job was given."""
+    if job == "scrape_pairs":
+        yield from pq.read_table(output_of(root, job) / "candidates.parquet")["source"].to_pylist()
+    elif job == "import_pairs":
+        yield from (path.name for path in (inputs / "pictures").glob("*.png"))
+    else:
+        yield from kept(root, "filter_pairs" if job == "tokenize_pairs" else "scrape_pairs")
+
+
+def accounted_for(root: Path, job: str) -> Iterator[str]:
+    """The names of all rows that a job has kept or rejected."""
+    if job == "tokenize_pairs":
+        return tokenized_keys(root)
+    return statuses(root, job, "key" if job == "filter_pairs" else "source")
 
 
 def statuses(root: Path, job: str, column: str) -> Iterator[str]:
@@ -296,34 +309,44 @@ def make_inputs(folder: Path) -> None:
     )
 
 
-def drive(inputs: Path, root: Path) -> int:
-    """The driver that is killed: the four jobs, one after the other, as the command line runs them."""
+def drive(inputs: Path, root: Path, *, jobs: Sequence[str]) -> int:
+    """The driver that is killed: the jobs, one after the other, as the command line runs them."""
     from pipelines import filter_pairs, import_pairs, scrape_pairs, tokenize_pairs
     from pipelines.runtime.command_line import Outcome
     from pipelines.runtime.display import PlainDisplay
     from pipelines.runtime.jobs import run_job
 
     image = ImageSettings(image_size=IMAGE_SIZE)
-
-    def output(module: Any, config: Any) -> Path:
-        return run_job(module.JOB, config, root=root, display=PlainDisplay([], stream=sys.stderr)).output
-
-    outcome = Outcome([], err=sys.stderr)
-    with outcome:
-        site = SiteConfig(num_scenes=NUM_SCENES, images_per_page=40)
-        scraped = output(scrape_pairs, scrape_pairs.Config(demo=site, shard_size=SHARD_SIZE, image=image))
-        output(import_pairs, import_pairs.Config(data=inputs / "pictures", shard_size=SHARD_SIZE, image=image))
-        filtered = output(filter_pairs, replace(filter_pairs.PRESETS["smoke"], pairs=scraped))
-        output(
-            tokenize_pairs,
+    site = SiteConfig(num_scenes=NUM_SCENES, images_per_page=40)
+    configs: dict[str, Callable[[], tuple[Job, Any]]] = {
+        "scrape_pairs": lambda: (
+            scrape_pairs.JOB,
+            scrape_pairs.Config(demo=site, shard_size=SHARD_SIZE, image=image),
+        ),
+        "import_pairs": lambda: (
+            import_pairs.JOB,
+            import_pairs.Config(data=inputs / "pictures", shard_size=SHARD_SIZE, image=image),
+        ),
+        "filter_pairs": lambda: (
+            filter_pairs.JOB,
+            replace(filter_pairs.PRESETS["smoke"], pairs=output_of(root, "scrape_pairs")),
+        ),
+        "tokenize_pairs": lambda: (
+            tokenize_pairs.JOB,
             tokenize_pairs.Config(
-                pairs=filtered,
+                pairs=output_of(root, "filter_pairs"),
                 text_tokenizer=inputs / "text",
                 image_tokenizer=inputs / "image",
                 image_size=IMAGE_SIZE,
                 validation_fraction=0.1,
             ),
-        )
+        ),
+    }
+    outcome = Outcome([], err=sys.stderr)
+    with outcome:
+        for name in jobs:
+            job, config = configs[name]()
+            run_job(job, config, root=root, display=PlainDisplay([], stream=sys.stderr))
     return outcome.code
 
 
@@ -347,9 +370,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="begin no round after so many (default: 12)")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", nargs="*", default=JOBS, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.drive:
-        return drive(flags.drive, flags.root)
+        return drive(flags.drive, flags.root, jobs=flags.jobs)
     run = partial(measure, kills=flags.kills, seeds=flags.seeds, minutes=flags.minutes)
     return verify("ingest_kills", run, bars=bars(flags.kills), save=flags.save)
 

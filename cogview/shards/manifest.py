@@ -19,6 +19,7 @@ from cogview.errors import ManifestError, StorageError
 
 ENTRY_FOLDER = "_manifest"
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
 TEMPORARY = ".tmp"
 
 
@@ -92,6 +93,11 @@ def file_record(path: Path) -> dict[str, Any]:
 def write_entry(folder: Path, entry: ShardEntry) -> None:
     """Enter a finished shard. Its files must lie in `folder` already."""
     write_json(folder / ENTRY_FOLDER / f"shard-{entry.shard:05d}.json", asdict(entry))
+
+
+def write_plan(folder: Path, digests: Mapping[int, str], *, note: str) -> None:
+    """Leave word of which shards there will be (number -> input digest), and of what is done to them."""
+    write_json(folder / ENTRY_FOLDER / PLAN_NAME, {"note": note, "shards": digests})
 
 
 def read_entry(folder: Path, shard: int, *, input_digest: str = "", deep: bool = False) -> ShardEntry | None:

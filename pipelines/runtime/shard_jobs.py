@@ -26,6 +26,7 @@ from cogview.shards.manifest import (
     shard_name,
     write_entry,
     write_manifest,
+    write_plan,
 )
 from pipelines.runtime.cluster import ensure_ray
 from pipelines.runtime.failures import first_line
@@ -71,6 +72,7 @@ def run_shards(
     pending = [task for task in tasks if _entry(folder, task) is None]
     if pending:
         remove_temporary(folder)  # of a driver that died before
+        write_plan(folder, {task.shard: task.input_digest for task in tasks}, note=note)
     rows_out = 0
     run.progress(len(tasks) - len(pending), len(tasks), note)
     results = _map(work, pending, folder=folder, workers=workers, num_gpus=num_gpus, as_actors=as_actors)
