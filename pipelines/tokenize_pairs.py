@@ -120,7 +120,14 @@ def main(config: Config, run: JobRun) -> None:
     work = TokenizeShard(config=config, inputs=inputs, origin=origin, threshold=threshold, output=run.output)
     tasks = [ShardTask(shard=shard["shard"], input_digest=digest_of(shard["files"])) for shard in shards]
     entries = run_shards(
-        work, tasks, folder=run.output, run=run, workers=config.workers, num_gpus=num_gpus, note="tokenized"
+        work,
+        tasks,
+        folder=run.output,
+        run=run,
+        workers=config.workers,
+        num_gpus=num_gpus,
+        as_actors=True,
+        note="tokenized",
     )
     rows = {f"rows_{split}": sum(entry.extra[f"rows_{split}"] for entry in entries) for split in SPLITS}
     close_folder(run, entries, extra={**origin.stored, **rows})

@@ -34,7 +34,9 @@ ROOMS: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"models", "sequences", "tokenizers", "scenes", "errors", "sampling"}),
     "scenes": frozenset({"errors", "config"}),
 }
-RUNTIME_MAY_IMPORT = frozenset({"config", "errors", "locations", "shards", "training", "sequences", "models"})
+RUNTIME_MAY_IMPORT = frozenset(
+    {"config", "errors", "locations", "shards", "training", "sequences", "models", "records.containment"}
+)
 CHAINS = frozenset({"road"})  # the job files that join other jobs
 SHARED_BY_JOBS = frozenset({"runtime", "tasks"})  # folders: how jobs run, and what several of them train
 STOREYS_ABOVE_COGVIEW = frozenset({"ray", "mlflow", "tyro", "pipelines", "benchmarks", "tests"})

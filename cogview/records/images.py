@@ -10,11 +10,13 @@ import threading
 import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cogview.records.containment import decode_contained
 from cogview.records.pair import Unusable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -100,8 +102,16 @@ def decode_image(
     short_side: the caller will scale down to this, so a JPEG may be decoded at a fraction of its size (at least twice
     this side); hold: is left when the picture is no longer needed, so that a process holds one large picture at a time.
     Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
-    image_too_many_scans, image_truncated, image_damaged.
+    image_too_many_scans, image_truncated, image_damaged; decoder_died and decoder_hung where decoding is contained
+    (see `containment`).
     """
+    return decode_contained(partial(decode_here, hold=hold), data, max_pixels=max_pixels, short_side=short_side)
+
+
+def decode_here(
+    data: bytes, *, max_pixels: int, short_side: int, hold: ExitStack | None = None
+) -> Image.Image | Unusable:
+    """`decode_image` in this process, whatever becomes of it."""
     refused = _refuse_bytes(data)
     if refused is not None:
         return refused

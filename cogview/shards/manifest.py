@@ -19,6 +19,8 @@ from cogview.errors import ManifestError, StorageError
 
 ENTRY_FOLDER = "_manifest"
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def shard_name(shard: int, suffix: str) -> str:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under `path` whole, synced to disk, or not at all. StorageError on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -57,6 +59,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed writers have left below a folder. No other process may be writing there."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        if not path.name.endswith(f".{os.getpid()}{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,6 +93,11 @@ def file_record(path: Path) -> dict[str, Any]:
 def write_entry(folder: Path, entry: ShardEntry) -> None:
     """Enter a finished shard. Its files must lie in `folder` already."""
     write_json(folder / ENTRY_FOLDER / f"shard-{entry.shard:05d}.json", asdict(entry))
+
+
+def write_plan(folder: Path, digests: Mapping[int, str], *, note: str) -> None:
+    """Leave word of which shards there will be (number -> input digest), and of what is done to them."""
+    write_json(folder / ENTRY_FOLDER / PLAN_NAME, {"note": note, "shards": digests})
 
 
 def read_entry(folder: Path, shard: int, *, input_digest: str = "", deep: bool = False) -> ShardEntry | None:

@@ -141,10 +141,9 @@ class TokenShards:
             batch.check_structure_once()
             for grid, found in codes.items():
                 found[places] = batch.codes[grid][local]
-            places_and_rows = list(zip(places.tolist(), local.tolist(), strict=True))
-            for place, row in places_and_rows:
-                text_ids[place] = batch.text_ids(row)
-            for place, row in places_and_rows if with_texts else ():
+            for place, ids in zip(places.tolist(), batch.text_ids(local), strict=True):
+                text_ids[place] = ids
+            for place, row in zip(places.tolist(), local.tolist(), strict=True) if with_texts else ():
                 keys[place] = batch.keys[row].as_py()
                 texts[place] = batch.texts[row].as_py()
         self._check_range(text_ids, codes)
@@ -207,8 +206,10 @@ class _MappedBatch:
             self.codes[grid] = image_code_array(self._batch, name=code_column(grid, origin=self.origin))
         self._batch = None
 
-    def text_ids(self, row: int) -> npt.NDArray[np.int32]:
-        return self._text_values[self._text_offsets[row] : self._text_offsets[row + 1]]
+    def text_ids(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int32]]:
+        # Through lists of plain integers: slices by numpy's own are three times as slow.
+        starts, ends = self._text_offsets[rows].tolist(), self._text_offsets[rows + 1].tolist()
+        return [self._text_values[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _map_batches(path: Path, *, origin: TokenOrigin) -> list[_MappedBatch]:

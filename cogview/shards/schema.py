@@ -131,8 +131,12 @@ def check_tokens(batch: pa.RecordBatch, *, origin: TokenOrigin, where: str) -> N
 
 def check_ids(ids: npt.NDArray[np.int32] | npt.NDArray[np.uint16], *, limit: int, name: str, where: str) -> None:
     """Raise SchemaError unless every id is in [0, limit)."""
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= limit):
-        worst = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
+    if not ids.size:
+        return
+    lowest = int(ids.min()) if ids.dtype.kind == "i" else 0  # not looked for among unsigned numbers
+    highest = int(ids.max())
+    if lowest < 0 or highest >= limit:
+        worst = highest if highest >= limit else lowest
         raise SchemaError(
             f"{where}: {name} holds {worst}, but ids go from 0 to {limit - 1}; the file is damaged or was made with "
             "another tokenizer, run tokenize_pairs again"

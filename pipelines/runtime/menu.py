@@ -15,7 +15,7 @@ MENU_ORDER = (
     *("tokenize_pairs", "pretrain", "generate", "evaluate"),
 )
 VERBS = {
-    "status": "Stages, scores and paths of the chain that ran last, from the disk alone (--json for programs).",
+    "status": "Stages, shards, scores and paths of a run (or the last), from the disk alone (--json: for programs).",
     "dashboard": "Open MLflow's pages for the runs, on 127.0.0.1.",
 }
 

@@ -1,6 +1,7 @@
 """What is known of past runs, from the disk alone: it needs neither Ray nor a running chain.
 
-In: `<root>/chain.json`. Out: the text or JSON of `status`, the closing words of a chain, and MLflow's pages.
+In: `<root>/chain.json`, and the shards below the root. Out: the text or JSON of `status`, the closing words of a chain,
+and MLflow's pages.
 """
 
 import json
@@ -17,6 +18,7 @@ from pipelines.runtime.chain import CHAIN_NAME, read_chain, score_words
 from pipelines.runtime.display import duration
 from pipelines.runtime.locks import is_locked
 from pipelines.runtime.mlflow_run import DATABASE_NAME, artifact_folder, runs_folder, tracking_uri
+from pipelines.runtime.shard_status import plain_progress, shard_lines, shard_progress
 
 REPORT_NAME = "report.html"
 GRID_NAME = "grid.png"
@@ -30,7 +32,10 @@ HEADLINE_JOB = "evaluate"  # its scores are those of the whole chain
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig:
-    """What to show. root: a run such as runs/smoke (default: the one that started last); json: for programs."""
+    """What to show.
+
+    root: a run such as runs/smoke, also as the first word (default: the one that started last); json: for programs.
+    """
 
     root: Path | None = None
     json: bool = False
@@ -53,13 +58,22 @@ def run_verb(verb: str, words: Sequence[str], *, runs: Path, out: TextIO) -> Non
         dashboard = tyro.cli(DashboardConfig, args=list(words), prog=prog)
         serve_dashboard(dashboard.root or latest_root(runs), port=dashboard.port, out=out)
         return
-    config = tyro.cli(StatusConfig, args=list(words), prog=prog)
+    given = ["--root", *words] if words and not words[0].startswith("-") else list(words)
+    config = tyro.cli(StatusConfig, args=given, prog=prog)
     root = (config.root or latest_root(runs)).resolve()
-    chain = current_chain(root)
-    if config.json:
-        out.write(json.dumps(as_plain(chain, root=root), indent=2, ensure_ascii=False) + "\n")
-    else:
-        out.write("\n".join(chain_lines(chain, root=root)) + "\n")
+    show_status(root, as_json=config.json, out=out)
+
+
+def show_status(root: Path, *, as_json: bool, out: TextIO) -> None:
+    """The chain under a root, and how far each of its shard jobs is; shards alone where jobs ran without a chain."""
+    shards = shard_progress(root)
+    chain = current_chain(root) if (root / CHAIN_NAME).is_file() or not shards else None
+    if as_json:
+        plain = as_plain(chain, root=root) if chain else {"root": str(root)}
+        out.write(json.dumps({**plain, "shards": plain_progress(shards)}, indent=2, ensure_ascii=False) + "\n")
+        return
+    lines = chain_lines(chain, root=root) if chain else [f"{shown_path(root)}: no chain has run here, but jobs have"]
+    out.write("\n".join([*lines, *(["shards:"] if shards else []), *shard_lines(shards)]) + "\n")
 
 
 def latest_root(runs: Path) -> Path:

@@ -7,7 +7,6 @@ from ray.exceptions import RayTaskError
 
 from cogview.errors import ConfigError, StorageError
 from cogview.shards.manifest import ShardEntry
-from pipelines.runtime import shard_jobs
 from pipelines.runtime.shard_jobs import ShardFailedError, ShardTask, close_folder, run_shards, shard_entry
 from tests.pipelines.job_runs import open_run
 
@@ -69,15 +68,15 @@ def test_our_errors_come_through_as_they_are_and_others_as_defects(tmp_path: Pat
     assert 'raise KeyError("a defect")' in str(raised.value)  # the worker's own line, for whoever mends it
 
 
-def test_a_process_that_dies_is_tried_a_bounded_number_of_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_jobs, "MAX_RETRIES", 1)
+@pytest.mark.parametrize("as_actors", [False, True])
+def test_a_process_that_dies_is_tried_a_bounded_number_of_times(tmp_path: Path, as_actors: bool) -> None:
     run = open_run(tmp_path)
-    with pytest.raises(ShardFailedError, match="died 2 times"):
-        run_shards(work_that(lambda: os._exit(1), folder=tmp_path, shard=1), plan(2), folder=tmp_path, run=run)
-    assert attempts(tmp_path)[1] == 2
-    entries = run_shards(work_that(lambda: None, folder=tmp_path, shard=1), plan(2), folder=tmp_path, run=run)
+    deadly, sound = (work_that(fails, folder=tmp_path, shard=1) for fails in (lambda: os._exit(1), lambda: None))
+    with pytest.raises(ShardFailedError, match="shard 1: its process died 3 times"):
+        run_shards(deadly, plan(2), folder=tmp_path, run=run, as_actors=as_actors)
+    assert attempts(tmp_path)[1] == 3
+    assert list(tmp_path.rglob("*.attempts")) == []
+    entries = run_shards(sound, plan(2), folder=tmp_path, run=run, as_actors=as_actors)
     assert len(entries) == 2
     assert attempts(tmp_path)[0] == 1
 
