@@ -1,8 +1,8 @@
 """Real tables, photos and emoji: every column is found, every row and every picture is accounted for.
 
 Command: make verify NAME=real_dirt
-The tables are lists of URLs as people publish them (Parquet, TSV, CSV, with and without header, a bare list); nothing is
-fetched. The tars are imported by the real job. The data lie beside the checkout, in ../shared/data.
+The tables are lists of URLs as people publish them: Parquet, TSV and CSV, with a header or without, and a bare list;
+nothing is fetched. The tars are imported by the real job. The data lie beside the checkout, in ../shared/data.
 """
 
 import sys
