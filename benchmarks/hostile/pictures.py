@@ -65,7 +65,9 @@ def pictures() -> list[tuple[Case, bytes]]:
         _fine("a GIF of 10,000 frames", _long_gif(10_000)),
         *(_fine(f"EXIF orientation {number}", _turned(number)) for number in (2, 6, 8)),
         _fine("39 megapixels of one colour", encode(Image.new("RGB", (6500, 6000), "blue"), compress_level=9)),
-        _fine("39 megapixels of glass", encode(Image.new("RGBA", (6500, 6000), (9, 9, 9, 99)), compress_level=9)),
+        _fine("39 megapixels of glass", _glass("PNG", 6500, 6000)),
+        _bad("a WebP of 39 megapixels", _glass("WEBP", 6500, 6000), "image_too_many_pixels"),
+        _fine("a WebP of 15 megapixels", _glass("WEBP", 5000, 3000)),
         _fine("a progressive JPEG of 39 megapixels", encode(Image.new("RGB", (6500, 6000)), "JPEG", progressive=True)),
     ]
 
@@ -98,6 +100,10 @@ def _bad(name: str, data: bytes, *expected: str) -> tuple[Case, bytes]:
 
 def _fine(name: str, data: bytes) -> tuple[Case, bytes]:
     return Case(topic="pictures", name=name, expected=("ok",)), data
+
+
+def _glass(image_format: str, width: int, height: int) -> bytes:
+    return encode(Image.new("RGBA", (width, height), (9, 9, 9, 99)), image_format)
 
 
 def _png_header(width: int, height: int) -> bytes:
