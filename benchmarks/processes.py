@@ -98,3 +98,50 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
                 yield process
         except (psutil.Error, OSError):
             continue  # another user's, or gone
+
+
+class PeakMemory:
+    """The largest resident memory that one of our children's processes ever had, by the kernel's own high-water mark.
+
+    title: how their titles start; worst_bytes: of a single process, 0 where the system keeps no mark; processes: seen.
+    """
+
+    def __init__(self, title: str, *, interval: float = 0.25) -> None:
+        self._title = title
+        self._interval = interval
+        self._peaks: dict[int, int] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    @property
+    def worst_bytes(self) -> int:
+        return max(self._peaks.values(), default=0)
+
+    @property
+    def processes(self) -> int:
+        return len(self._peaks)
+
+    def _sample_until_over(self) -> None:
+        while not self._is_over.wait(self._interval):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if "".join(process.cmdline()[:1]).startswith(self._title):
+                        self._peaks[process.pid] = max(self._peaks.get(process.pid, 0), _high_water_mark(process.pid))
+                except (psutil.Error, OSError):
+                    continue  # it ended between two looks
+
+
+def _high_water_mark(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    marks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return marks[0] if marks else 0

@@ -1,11 +1,12 @@
-"""Fetch images and their captions from web pages, or from a table of URLs, into tars of pairs.
+"""Fetch images and their captions from web pages, tables of URLs or image search into tars of pairs.
 
 Command: python -m pipelines scrape_pairs paper --pages https://example.org/ --fetch.user-agent "ExampleBot/1 (contact)"
          python -m pipelines scrape_pairs paper --table urls.parquet
          python -m pipelines scrape_pairs paper --table "s3://bucket/laion/part-*.parquet" captions.tsv
+         python -m pipelines scrape_pairs paper --queries entities.tsv --providers openverse wikimedia
          python -m pipelines scrape_pairs paper --retry runs/paper/scrape_pairs/0123456789ab
 Reads:   the web, politely; the smoke preset reads a demo site that it serves itself on the loopback address
-Writes:  candidates.parquet, pages.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
+Writes:  candidates.parquet, pages.parquet or queries.parquet, shard-00000.tar + .parquet + _stats.json, manifest.json
 Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fast as its politeness allows
 """
 
@@ -13,9 +14,9 @@ import asyncio
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from cogview.records.images import ImageSettings
 from cogview.records.opt_out import read_opt_out
 from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import MAX_SHARD_ROWS, write_pair_shard
+from cogview.records.providers import PROVIDERS
+from cogview.records.queries import Search, read_queries, search
 from cogview.records.retrying import RETRYABLE_REASONS, merge_outcomes, read_statuses, rows_to_retry
 from cogview.records.scraping import scrape_pairs
 from cogview.records.sources import find_tables
@@ -43,7 +46,7 @@ from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
 
 CANDIDATES_NAME = "candidates.parquet"
-PAGES_NAME = "pages.parquet"
+PAGES_NAME, QUERIES_NAME = "pages.parquet", "queries.parquet"
 # A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
 DEMO_HOST = "demo.cogview.test"
 DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
@@ -51,14 +54,17 @@ DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to scrape (one of demo, pages, table, retry) and how.
+    """What to scrape (one of demo, pages, table, queries, retry) and how.
 
-    pages: addresses to start from, whose sites are walked for at most `max_pages` pages; table: image URLs and
-    captions, as files, folders, patterns or remote addresses (`image_column` and `caption_fields` if they have unusual
-    names, `extra_columns` to keep besides those about author and licence); retry: the output of an earlier scrape,
-    whose rows that failed for one of `retry_reasons` are asked for again, and whose other rows are taken over; opt_out:
-    lists of URLs, domains and sha256 of images to leave alone; shard_size: candidates to a shard; image: how pictures
-    are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
+    pages: addresses to start from, whose sites are walked for at most `max_pages` pages;
+    table: image URLs and captions, as files, folders, patterns or remote addresses (`image_column` and `caption_fields`
+    if they have unusual names, `extra_columns` to keep besides those about author and licence);
+    queries: lists of category<TAB>entity; each of the `providers` is asked for the first `per_query` images of each
+    (`endpoints`: other addresses than the public ones);
+    retry: the output of an earlier scrape, whose rows that failed for one of `retry_reasons` are asked for again, and
+    whose other rows are taken over;
+    opt_out: lists of URLs, domains and sha256 of images to leave alone; shard_size: candidates to a shard; image: how
+    pictures are stored; fetch: pace and limits; workers: shards at a time, 0 for one on each CPU.
     """
 
     demo: SiteConfig | None = None
@@ -68,6 +74,10 @@ class Config:
     caption_fields: tuple[str, ...] = ()
     extra_columns: tuple[str, ...] = ()
     max_pages: int = 10_000
+    queries: tuple[str, ...] = input_field(default=())
+    providers: tuple[str, ...] = tuple(PROVIDERS)
+    per_query: int = 100
+    endpoints: Mapping[str, str] = runtime_field(default=MISSING, default_factory=dict)
     retry: Path | None = input_field(default=None)
     retry_reasons: tuple[str, ...] = RETRYABLE_REASONS
     opt_out: tuple[str, ...] = input_field(default=())
@@ -79,8 +89,9 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.shard_size <= MAX_SHARD_ROWS:
             raise ConfigError(f"shard_size={self.shard_size} must lie between 1 and {MAX_SHARD_ROWS}")
-        if self.max_pages < 1:
-            raise ConfigError(f"max_pages={self.max_pages} reads nothing; use 1 or more")
+        for name in ("max_pages", "per_query"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} reads nothing; use 1 or more")
 
 
 PAPER = Config(image=ImageSettings(image_size=256))  # the released model's pictures are 256 px
@@ -116,11 +127,11 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def check_source(config: Config) -> None:
-    """ConfigError unless exactly one of demo, pages, table and retry is given, and the retry fits."""
-    given = [name for name in ("demo", "pages", "table", "retry") if getattr(config, name)]
+    """ConfigError unless exactly one of demo, pages, table, queries and retry is given, and the retry fits."""
+    given = [name for name in ("demo", "pages", "table", "queries", "retry") if getattr(config, name)]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise ConfigError(f"give one of --pages, --table, --retry and the demo to scrape; {found} of them is given")
+        raise ConfigError(f"give one of --pages, --table, --queries, --retry and the demo; {found} of them is given")
     if config.retry is not None:
         before = read_manifest(config.retry)["extra"].get("image_size")
         if before != config.image.image_size:
@@ -150,6 +161,12 @@ def list_candidates(config: Config, *, fetch: FetchSettings, run: JobRun) -> Non
         return
     if config.table:
         candidates = read_url_tables(config)
+    elif config.queries:
+        searched = asyncio.run(ask(config, fetch=fetch, run=run))
+        write_queries(searched, run.output / QUERIES_NAME)
+        failed = sum(bool(status.reason) for status in searched.statuses)
+        run.say(f"{len(searched.statuses):,} searches, {failed} failed, {len(searched.candidates):,} images")
+        candidates = iter(searched.candidates)
     else:
         found = asyncio.run(walk(config, fetch=fetch, run=run))
         write_pages(found, run.output / PAGES_NAME)
@@ -189,6 +206,28 @@ async def walk(config: Config, *, fetch: FetchSettings, run: JobRun) -> Crawl:
             max_pages=config.max_pages,
             on_page=lambda done, known: run.progress(done, known, "pages"),
         )
+
+
+async def ask(config: Config, *, fetch: FetchSettings, run: JobRun) -> Search:
+    """Search for every query, showing how many are answered."""
+    async with Fetcher(fetch) as fetcher:
+        return await search(
+            fetcher,
+            read_queries(config.queries),
+            providers=config.providers,
+            per_query=config.per_query,
+            endpoints=config.endpoints,
+            on_query=lambda done, total: run.progress(done, total, "searches"),
+        )
+
+
+def write_queries(found: Search, path: Path) -> None:
+    """What became of every query: provider, category, query, images, reason."""
+    rows = [{**vars(status), **vars(status.query), "query": status.query.text} for status in found.statuses]
+    names = ("provider", "category", "query", "reason")
+    schema = pa.schema([*((name, pa.string()) for name in names), ("images", pa.int32())])
+    with atomic_file(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
 
 
 def write_pages(found: Crawl, path: Path) -> None:

@@ -228,6 +228,10 @@ class Fetcher:
                 url, cap=self.settings.max_bytes, truncate=False, ask_robots=True, on_large=large.take
             )
 
+    async def call(self, url: str) -> Fetched | Unusable:
+        """The answer of a public interface for programs. Its terms hold, and not robots.txt, which speaks of pages."""
+        return await self._follow(url, cap=self.settings.max_bytes, truncate=False, ask_robots=False, on_large=_nothing)
+
     async def rules_of(self, url: str) -> SiteRules | Unusable:
         """The rules of a normalised URL's origin, asked for once."""
         origin = origin_of(url)

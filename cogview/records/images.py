@@ -21,6 +21,7 @@ from cogview.records.pair import Unusable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 40_000_000  # 120 MB of RGB; Pillow itself only warns up to 179 megapixels
+MAX_WEBP_PIXELS = 16_000_000  # its decoder holds four copies of the whole picture
 BACKGROUND = (255, 255, 255)
 LARGE_PIXELS = 4_000_000
 STRIP_ROWS = 512
@@ -99,8 +100,9 @@ def decode_image(
 ) -> Image.Image | Unusable:
     """The picture in RGB, upright, its first frame, on white where it is transparent; or the reason why not.
 
-    short_side: the caller will scale down to this, so a JPEG may be decoded at a fraction of its size (at least twice
-    this side); hold: is left when the picture is no longer needed, so that a process holds one large picture at a time.
+    short_side: the caller will scale down to this, so a JPEG, and any large picture, may come at a fraction of its size
+    (at least twice this side); hold: is left when the picture is no longer needed, so that a process holds one large
+    picture at a time.
     Reasons: image_empty, image_is_html, image_format_refused, not_an_image, image_too_many_pixels,
     image_too_many_scans, image_truncated, image_damaged; decoder_died and decoder_hung where decoding is contained
     (see `containment`).
@@ -117,15 +119,15 @@ def decode_here(
         return refused
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
+        limit = min(max_pixels, MAX_WEBP_PIXELS) if image.format == "WEBP" else max_pixels
+        if image.width * image.height > limit:
             return Unusable("image_too_many_pixels", f"{image.width}x{image.height}")
         if short_side:
             _draft(image, short_side)
         if hold is not None and image.width * image.height > LARGE_PIXELS:
             hold.enter_context(_one_large)
         image.load()
-        image = _upright(image)
-        return _to_rgb(image)
+        return _upright(_to_rgb(image, factor=_reduction(image, short_side)), orientation=_orientation(image))
     except _BOMB_ERRORS:
         return Unusable("image_too_many_pixels")
     except UnidentifiedImageError:
@@ -177,26 +179,40 @@ def _draft(image: Image.Image, short_side: int) -> None:
         image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _reduction(image: Image.Image, short_side: int) -> int:
+    """By how much a large picture is averaged down at once, a power of two: what is left has twice the side wanted."""
+    if not short_side or image.width * image.height <= LARGE_PIXELS:
+        return 1
+    factor = 1
+    while factor < STRIP_ROWS and min(image.size) // (2 * factor) >= 2 * short_side:
+        factor *= 2
+    return factor
+
+
+def _orientation(image: Image.Image) -> int | None:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DECODE_ERRORS:
-        return image  # broken metadata beside sound pixels
-    method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+        return None  # broken metadata beside sound pixels
+    return orientation if isinstance(orientation, int) else None
+
+
+def _upright(image: Image.Image, *, orientation: int | None) -> Image.Image:
+    method = _TRANSPOSITIONS.get(orientation) if orientation is not None else None
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """In strips, for a large picture is held in memory once as it was and once as it will be, and not more often."""
-    if image.mode == "RGB" and not image.has_transparency_data:
+def _to_rgb(image: Image.Image, *, factor: int = 1) -> Image.Image:
+    """In strips, so that of a large picture only what is left of it is held beside the original."""
+    if factor == 1 and image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.height <= STRIP_ROWS:
+    if factor == 1 and image.height <= STRIP_ROWS:
         return _strip_to_rgb(image)
-    whole = Image.new("RGB", image.size)
+    whole = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top in range(0, image.height, STRIP_ROWS):
         strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
         strip.info = image.info  # a palette's transparent colour
-        whole.paste(_strip_to_rgb(strip), (0, top))
+        whole.paste(_strip_to_rgb(strip).reduce(factor), (0, top // factor))
     return whole
 
 

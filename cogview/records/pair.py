@@ -30,12 +30,16 @@ class TextImagePair:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A candidate that never became a pair: one reason code, and a detail for people."""
+    """A candidate that never became a pair, or is none any more: one reason code, and a detail for people.
+
+    tombstone: what is still known of a pair that was taken down (`sha256`, `original_sha256`).
+    """
 
     key: str
     source: str
     reason: str
     detail: str = ""
+    tombstone: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Where the bytes go is the caller's business (`open_file` opens a path for writin
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from cogview.errors import ManifestError
 from cogview.records.images import ImageSettings, store_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
-from cogview.records.tars import write_pairs
+from cogview.records.tars import read_pairs, write_pairs
 
 MAX_SHARD_ROWS = 100_000  # keys have five digits for the row
+TAKEN_DOWN = "taken_down"
 OpenFile = Callable[[Path], AbstractContextManager[BinaryIO]]
 
 STATUS_SCHEMA = pa.schema(
@@ -101,6 +102,33 @@ def write_pair_shard(
     return counts
 
 
+def strike_pairs(folder: Path, stem: str, *, keys: Collection[str], open_file: OpenFile) -> ShardCounts:
+    """Write a finished shard anew without the pairs of these keys; each leaves a tombstone with its digests.
+
+    It may be repeated after an interruption, when some of the three files are new already.
+    """
+    statuses = pq.read_table(folder / f"{stem}.parquet").to_pylist()
+    return write_pair_shard(folder, stem, _struck(statuses, folder / f"{stem}.tar", set(keys)), open_file=open_file)
+
+
+def _struck(statuses: Iterable[Mapping[str, Any]], tar: Path, keys: set[str]) -> Iterator[TextImagePair | Failure]:
+    pairs = read_pairs(tar)
+    pair = next(pairs, None)
+    for status in statuses:
+        here = pair if pair is not None and pair.key == status["key"] else None
+        if here is not None:
+            pair = next(pairs, None)
+        is_struck = status["key"] in keys
+        if status["status"] == "ok" and not is_struck:
+            if here is None:
+                raise ManifestError(f"{tar} does not hold {status['key']}; run the job that wrote it again")
+            yield here
+            continue
+        known = {name: status[name] for name in ("sha256", "original_sha256") if status.get(name)}
+        reason, detail = (TAKEN_DOWN, "") if is_struck else (status["reason"], status["detail"] or "")
+        yield Failure(key=status["key"], source=status["source"], reason=reason, detail=detail, tombstone=known)
+
+
 def _status(outcome: TextImagePair | Failure) -> dict[str, Any]:
     if isinstance(outcome, Failure):
         return {
@@ -109,6 +137,7 @@ def _status(outcome: TextImagePair | Failure) -> dict[str, Any]:
             "status": "failed",
             "reason": outcome.reason,
             "detail": outcome.detail,
+            **outcome.tombstone,
         }
     return {
         "key": outcome.key,

@@ -10,7 +10,6 @@ from typing import Any
 
 from cogview.config import ROLE
 from cogview.errors import ConfigError
-from cogview.locations import absolute
 from pipelines.runtime.menu import VERBS, check_known, menu, nearest
 
 DEFAULT_PRESET = "smoke"
@@ -157,6 +156,8 @@ def _without_no(name: str) -> str:
 
 
 def _absolute_inputs(config: Any) -> Any:
+    from cogview.locations import absolute  # pyarrow's file systems, which a menu does not need
+
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

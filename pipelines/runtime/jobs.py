@@ -159,6 +159,14 @@ def read_finished(job: Job, output: Path) -> Finished | None:
     )
 
 
+def restore_complete(output: Path, *, journal: Path) -> None:
+    """Call an output finished again whose products were changed on purpose. journal: its old `complete.json`."""
+    complete = read_json(journal)
+    products = {name: file_record(output / name) for name in complete["products"]}
+    write_json(output / COMPLETE_NAME, {**complete, "products": products, "output_digest": _digest_of(products)})
+    journal.unlink()
+
+
 def damaged_files(output: Path) -> list[Path]:
     """The files of a finished output that are missing or altered: products, and the shards that a manifest lists."""
     complete = _read_complete(output)
@@ -259,13 +267,12 @@ def _write_complete(job: Job, run: JobRun, *, seconds: float) -> None:
     if missing:
         raise ManifestError(f"{run.output}: the job ended without writing {missing}; this is a defect of the job")
     products = {name: file_record(run.output / name) for name in job.products}
-    content = hashlib.sha256("\n".join(f"{name} {products[name]['sha256']}" for name in sorted(products)).encode())
     write_json(
         run.output / COMPLETE_NAME,
         {
             "job": job.name,
             "digest": run.digest,
-            "output_digest": content.hexdigest(),
+            "output_digest": _digest_of(products),
             "products": products,
             "scores": run.scores,
             "seconds": round(seconds, 2),
@@ -273,3 +280,8 @@ def _write_complete(job: Job, run: JobRun, *, seconds: float) -> None:
             "process": os.getpid(),
         },
     )
+
+
+def _digest_of(products: Mapping[str, Mapping[str, Any]]) -> str:
+    listing = "\n".join(f"{name} {products[name]['sha256']}" for name in sorted(products))
+    return hashlib.sha256(listing.encode()).hexdigest()

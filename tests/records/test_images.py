@@ -175,3 +175,53 @@ def test_mutated_images_are_pictures_or_reasons(image_format: str) -> None:
             data[dice.randrange(len(data))] = dice.randrange(256)
         answer = decode_image(bytes(data), max_pixels=1_000_000)
         assert isinstance(answer, (Image.Image, Unusable))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16"])
+def test_large_pictures_come_reduced_and_like_small_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = RED_TO_BLUE.resize((1536, 1100), Image.Resampling.BICUBIC)
+    picture = {
+        "RGB": ramp,
+        "RGBA": ramp.convert("RGBA"),
+        "P": ramp.quantize(32),
+        "L": ramp.convert("L"),
+        "I;16": Image.fromarray(np.asarray(ramp.convert("L")).astype(np.uint16) * 257),
+    }[mode]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture, "PNG", exif=exif)
+    whole = store_image(data, ImageSettings(image_size=64, encoding="png"))
+    monkeypatch.setattr("cogview.records.images.LARGE_PIXELS", 1000)
+    reduced_picture = decode_image(data, short_side=64)
+    assert isinstance(reduced_picture, Image.Image)
+    assert reduced_picture.size == (138, 192)  # 1536 x 1100 by 8, turned
+    reduced = store_image(data, ImageSettings(image_size=64, encoding="png"))
+    assert not isinstance(whole, Unusable)
+    assert not isinstance(reduced, Unusable)
+    assert (reduced.width, reduced.height) == (whole.width, whole.height) == (64, 89)
+    first, second = (np.asarray(Image.open(io.BytesIO(item.data))).astype(int) for item in (whole, reduced))
+    assert np.abs(first - second)[2:-2, 2:-2].max() <= 4
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded() -> None:
+    data = encode(RED_TO_BLUE, "JPEG", progressive=True)
+    start, end = data.index(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    answer = decode_image(data[:start] + data[start:end] * 50 + data[end:])
+    assert isinstance(answer, Unusable)
+    assert answer.reason == "image_too_many_scans"
+    assert decoded(data).size == (96, 64)
+
+
+def test_an_animated_png_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    data = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert b"acTL" in data
+    assert decoded(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_an_inverted_cmyk_jpeg_keeps_its_colours() -> None:
+    data = encode(Image.new("CMYK", (16, 16), (0, 0, 255, 0)), "JPEG")
+    assert b"Adobe" in data
+    red, green, blue = decoded(data).getpixel((8, 8))
+    assert min(red, green) > 200
+    assert blue < 60

@@ -42,7 +42,9 @@ def reply(body: bytes = b"", *, status: str = "200 OK", headers: Mapping[str, st
 
 @asynccontextmanager
 async def serve(answers: Mapping[str, Answer | list[Answer]]) -> AsyncIterator[Site]:
-    """Serve raw answers by path; a list answers one request after the other, its last for ever. Else 404."""
+    """Serve raw answers by path, with its query or without; a list answers one request after the other, its last for
+    ever. Else 404.
+    """
     site = Site(port=0)
     visits: dict[str, int] = {}
 
@@ -56,10 +58,11 @@ async def serve(answers: Mapping[str, Answer | list[Answer]]) -> AsyncIterator[S
         site.requests.append(path)
         site.heads.append(head)
         site.times.append(time.monotonic())
-        answer = answers.get(path, reply(b"nothing", status="404 Not Found"))
+        known = path if path in answers else path.partition("?")[0]
+        answer = answers.get(known, reply(b"nothing", status="404 Not Found"))
         if isinstance(answer, list):
-            answer = answer[min(visits.get(path, 0), len(answer) - 1)]
-        visits[path] = visits.get(path, 0) + 1
+            answer = answer[min(visits.get(known, 0), len(answer) - 1)]
+        visits[known] = visits.get(known, 0) + 1
         try:
             if isinstance(answer, bytes):
                 writer.write(answer)

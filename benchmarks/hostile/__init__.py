@@ -1,0 +1,1 @@
+"""What the world may send: a misbehaving web site, spellings of inside addresses, bad pictures, files and words."""
