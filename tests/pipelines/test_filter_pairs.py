@@ -16,7 +16,7 @@ from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import pair_key, store_pair
 from cogview.records.tars import read_pairs
 from cogview.shards.manifest import read_manifest
-from pipelines.filter_pairs import PRESETS, Config, main
+from pipelines.filter_pairs import PRESETS, main
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import write_pair_folder
 from tests.records.web_site import encode
@@ -106,9 +106,9 @@ def test_rejected_pairs_are_written_with_rule_and_reason(pairs: Path, tmp_path: 
     assert {(row["key"], row["rule"], row["reason"]) for row in rows} == {
         ("00000_00000", "is_no_file_name", "caption_is_file_name"),
         ("00000_00003", "min_side", "image_too_small"),
-        ("00001_00001", "repeated_images", "image_duplicate"),
+        ("00001_00001", "same_images", "image_duplicate"),
         ("00001_00003", "min_contrast", "image_blank"),
-        ("00002_00000", "repeated_images", "image_duplicate"),
+        ("00002_00000", "same_images", "image_duplicate"),
     }
 
 
@@ -156,15 +156,20 @@ def test_rules_that_keep_nothing_say_so(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        (FilterRules(min_caption=0), "min_caption=0"),
-        (FilterRules(min_caption=9, max_caption=3), "min_caption=9"),
-        (FilterRules(max_aspect=0.5), "max_aspect=0.5"),
-        (FilterRules(max_caption_repeats=-1), "max_caption_repeats=-1"),
+        ({"min_caption": 0}, "min_caption=0"),
+        ({"min_caption": 9, "max_caption": 3}, "min_caption=9"),
+        ({"max_aspect": 0.5}, "max_aspect=0.5"),
+        ({"max_caption_repeats": -1}, "max_caption_repeats=-1"),
+        ({"max_image_copies": -1}, "max_image_copies=-1"),
+        ({"scripts": ("latin", "elvish")}, "elvish is no script"),
+        ({"min_script_share": 1.5}, "min_script_share=1.5"),
+        ({"near_levels": 300}, "near_levels=300"),
+        ({"limits": ("punsafe is low",)}, "punsafe is low"),
     ],
 )
-def test_thresholds_that_cannot_work_are_refused(rules: FilterRules, words: str) -> None:
+def test_thresholds_that_cannot_work_are_refused(rules: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Config(rules=rules)
+        FilterRules(**rules)
 
 
 def test_no_pairs_at_all_is_an_error(tmp_path: Path) -> None:
