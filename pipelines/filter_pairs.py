@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogview.config import digest_of, input_field, runtime_field
-from cogview.errors import ConfigError
 from cogview.filters.corpus import (
     count_buckets,
     exchange_captions,
@@ -35,7 +34,7 @@ from cogview.filters.corpus import (
     write_judged,
 )
 from cogview.filters.funnel import SAMPLE_SCHEMA, Funnel, Samples
-from cogview.filters.likeness import likeness, reduce_image
+from cogview.filters.likeness import SIGNATURE_BYTES, likeness, reduce_image
 from cogview.filters.pairs import FilterRules, Judgement, judge_pair
 from cogview.filters.repetition import repetition_table
 from cogview.filters.verdicts import Rejected
@@ -43,8 +42,9 @@ from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import MAX_SHARD_ROWS, pair_key, write_pair_shard
 from cogview.records.tars import read_pairs
 from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name, write_json
-from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
 from pipelines.tasks.funnel import FUNNEL_FOLDER, read_funnels, write_funnel_report
 
 WORK_FOLDER = "_work"
@@ -80,10 +80,9 @@ PRESETS: dict[str, Config] = {
 
 def main(config: Config, run: JobRun) -> None:
     """Judge every shard, find repetitions across them, write what is kept and why the rest is not."""
-    if config.pairs is None:
-        raise ConfigError("pairs is not given; name the output folder of scrape_pairs or import_pairs with --pairs")
-    tasks = plan_shards(config.pairs)
-    filtering = plan_filtering(config, config.pairs, output=run.output)
+    pairs = given_folders(config, {"pairs": "scrape_pairs or import_pairs"})["pairs"]
+    tasks = plan_shards(pairs)
+    filtering = plan_filtering(config, pairs, output=run.output)
     work, buckets, workers = run.output / WORK_FOLDER, plan_buckets(tasks, filtering.buckets), config.workers
     run_shards(filtering.judge, tasks, folder=work / JUDGED, run=run, workers=workers, note="judged")
     if filtering.counts_captions:
@@ -100,6 +99,30 @@ def main(config: Config, run: JobRun) -> None:
     close_folder(run, entries, extra={"stage": "filter_pairs", **counts, "comparisons_left_out": unseen})
     write_funnel_report(funnel, samples, run=run, rules=config.rules)
     shutil.rmtree(work)
+
+
+def plan(config: Config, *, root: Path) -> Iterator[str]:
+    """What `--plan` tells: every pass over the shards, and an estimate from the first pairs."""
+    pairs = given_folders(config, {"pairs": "scrape_pairs or import_pairs"})["pairs"]
+    planned = plan_job(JOB, config, root=root)
+    filtering = plan_filtering(config, pairs, output=planned.output)
+    tasks = plan_shards(pairs)
+    buckets = plan_buckets(tasks, filtering.buckets)
+    counting = [
+        ShardStep(name="counted", tasks=buckets, folder=f"{WORK_FOLDER}/{FREQUENT}"),
+        ShardStep(name="settled", tasks=tasks, folder=f"{WORK_FOLDER}/{SETTLED}"),
+    ]
+    steps = [
+        ShardStep(name="judged", tasks=tasks, folder=f"{WORK_FOLDER}/{JUDGED}"),
+        *(counting if filtering.counts_captions else ()),
+        ShardStep(name="compared", tasks=buckets, folder=f"{WORK_FOLDER}/{REPETITIONS}"),
+        ShardStep(name="written", tasks=tasks),
+    ]
+
+    first = (pair for task in tasks for pair in read_pairs(pairs / shard_name(task.shard, "tar")))
+    trial = try_rows(first, lambda tried: len(judge_all(iter(tried), config.rules)), bytes_of=_bytes_on_disk)
+    rows = read_manifest(pairs)["rows_out"]
+    return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers)
 
 
 def plan_shards(pairs: Path) -> list[ShardTask]:
@@ -270,6 +293,10 @@ def _outcome(pair: TextImagePair, row: dict[str, Any], funnel: Funnel, samples: 
     if rejected is None:
         return replace(pair, captions=tuple(row["captions"]))
     return Failure(key=pair.key, source=pair.source, reason=rejected.reason, detail=rejected.detail)
+
+
+def _bytes_on_disk(pair: TextImagePair) -> int:
+    return len(pair.image_bytes) + TAR_HEADERS + SIGNATURE_BYTES
 
 
 def _key_at(place: int) -> str:
