@@ -12,6 +12,7 @@ Time:    69 s for 7,670 pictures of 256 px on two busy cores, start of Ray's wor
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from cogview.config import digest_of, input_field, runtime_field
@@ -26,10 +27,12 @@ from cogview.records.sources import Source, detect_source
 from cogview.records.tables import inspect_table, read_table, require_captions
 from cogview.records.tars import check_caption_fields, read_foreign_tar
 from cogview.shards.manifest import ShardEntry, atomic_file, file_record
-from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.jobs import Job, JobRun, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_plan import TAR_HEADERS, TRIED_ROWS, ShardStep, shard_plan_lines, try_rows
 
 CANDIDATES_NAME = "candidates.parquet"
+PLANNED_TARS = 8  # that a plan looks into
 HAS_TEXT_FILE, TABLE = "has_text_file", "table"  # what a candidate remembers until its picture is opened
 
 
@@ -79,6 +82,39 @@ def main(config: Config, run: JobRun) -> None:
     run.say(f"{', '.join(addresses_of(config.data))}: {source.kind}, {len(tasks)} shards")
     entries = run_shards(work, tasks, folder=run.output, run=run, workers=config.workers)
     close_folder(run, entries, extra={"image_size": config.image.image_size, "stage": "import_pairs"})
+
+
+def plan(config: Config, *, root: Path) -> Iterator[str]:
+    """What `--plan` tells: the shards, and an estimate from the first pictures; of tars the rows are one, too."""
+    if not config.data:
+        raise ConfigError("data is not given; name a folder of tars or pictures, or a table, with --data")
+    source, planned = detect_source(config.data), plan_job(JOB, config, root=root)
+    notes = [f"from {', '.join(addresses_of(config.data))}: {source.kind}"]
+    listed = planned.output / CANDIDATES_NAME
+    if source.kind == "tars":
+        tars = source.files[:: max(1, len(source.files) // PLANNED_TARS)]
+        each = TRIED_ROWS // len(tars[:TRIED_ROWS]) + 1
+        samples = [
+            sample
+            for tar in tars[:TRIED_ROWS]
+            for sample in islice(read_foreign_tar(tar.address, caption_fields=config.caption_fields), each)
+        ]
+        outcomes = (partial(_adopt, sample, key=pair_key(0, 0), config=config) for sample in samples)
+        taken = sum(len(sample.image_bytes) + TAR_HEADERS for sample in samples if isinstance(sample, TextImagePair))
+        rows = round(sum(tar.size for tar in source.files) * len(samples) / max(1, taken))
+        notes.append("rows: about so many, by the size of some")
+        steps = [ShardStep(name="imported", tasks=plan_tars(source.files))]
+    else:
+        candidates = _table_rows(config, source.files) if source.kind == "table" else _folder_rows(source.folder)
+        above = f"{source.folder}/" if source.kind == "images" else source.files[0].address
+        tried = list(islice(candidates, TRIED_ROWS))
+        outcomes = (partial(_open, row, key=pair_key(0, 0), root=above, config=config) for row in tried)
+        rows = len(tried) + sum(1 for _ in candidates)
+        steps = [ShardStep(name="imported", tasks=plan_rows(listed))] if listed.exists() else []
+        if not steps:
+            notes.append(f"shards: {-(-rows // config.shard_size):,} of {config.shard_size:,} rows, not listed yet")
+    trial = try_rows(outcomes, lambda tried: [outcome() for outcome in tried], bytes_of=lambda one: _bytes_of(one()))
+    return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers, notes=notes)
 
 
 def plan_tars(tars: Sequence[DataFile]) -> list[ShardTask]:
@@ -136,6 +172,10 @@ def _adopt(sample: TextImagePair | Failure, *, key: str, config: Config) -> Text
     if isinstance(sample, Failure):
         return replace(sample, key=key)
     return store_pair(replace(sample, key=key, extra={**sample.extra, "original_key": sample.key}), config.image)
+
+
+def _bytes_of(outcome: TextImagePair | Failure) -> int:
+    return len(outcome.image_bytes) + TAR_HEADERS if isinstance(outcome, TextImagePair) else 0
 
 
 def _open(candidate: Candidate, *, key: str, root: str, config: Config) -> TextImagePair | Failure:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from cogview.config import digest_of, input_field, runtime_field
 from cogview.errors import ConfigError
+from cogview.filters.funnel import host_of
 from cogview.records.candidates import Candidate, count_candidates, read_candidates, write_candidates
 from cogview.records.crawl import Crawl, crawl
 from cogview.records.fetch import Fetcher, FetchSettings
@@ -42,11 +43,14 @@ from cogview.records.tars import read_pairs
 from cogview.scenes.site import DemoSite, SiteConfig
 from cogview.shards.manifest import ShardEntry, atomic_file, file_record, read_manifest
 from pipelines.runtime.cluster import usable_cpus
-from pipelines.runtime.jobs import Job, JobRun
+from pipelines.runtime.display import duration
+from pipelines.runtime.jobs import Job, JobRun, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_plan import ShardStep, shard_plan_lines
 
 CANDIDATES_NAME = "candidates.parquet"
 PAGES_NAME, QUERIES_NAME = "pages.parquet", "queries.parquet"
+CPU_SECONDS = 0.006  # of an image of 0.2 megapixels, measured; a plan's estimate
 # A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
 DEMO_HOST = "demo.cogview.test"
 DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
@@ -124,6 +128,32 @@ def main(config: Config, run: JobRun) -> None:
         run.scores.update({"retried": retried, "recovered": recovered})
         run.say(f"{recovered:,} of {retried:,} rows that had failed are pairs now")
     close_folder(run, entries, extra={"image_size": config.image.image_size, "stage": "scrape_pairs"})
+
+
+def plan(config: Config, *, root: Path) -> Iterator[str]:
+    """What `--plan` tells: candidates and shards as far as they are known, and how long politeness makes it take."""
+    check_source(config)
+    planned = plan_job(JOB, config, root=root)
+    listed = planned.output / CANDIDATES_NAME
+    listed = config.retry / CANDIDATES_NAME if config.retry and not listed.exists() else listed
+    notes, rows, steps = [], 0, list[ShardStep]()
+    if listed.exists():
+        (rows, shards), tasks = count_candidates(listed), plan_shards(listed)
+        hosts = Counter(host_of(row.source) for shard in range(shards) for row in read_candidates(listed, shard=shard))
+        steps = [ShardStep(name="scraped", tasks=tasks)]
+    else:
+        hosts = Counter(host_of(row.source) for row in (read_url_tables(config) if config.table else ()))
+        rows = hosts.total() or (config.demo.num_scenes if config.demo else 0)
+    if config.pages and not rows:
+        notes.append(f"pages: at most {config.max_pages:,} from {', '.join(config.pages)}; images are known after them")
+    if hosts and config.demo is None:
+        host, most = hosts.most_common(1)[0]
+        pace = f"{duration(most / config.fetch.host_rate)} at {config.fetch.host_rate:g} a second"
+        notes.append(f"hosts: {len(hosts):,}; {host} has {most:,} of the rows, which take {pace} at least")
+    if rows:
+        seconds = rows * CPU_SECONDS / (config.workers or usable_cpus())
+        notes.append(f"time: about {duration(seconds)} for fetching and decoding; waiting for hosts comes on top")
+    return shard_plan_lines(planned, rows=rows, steps=steps, trial=None, workers=config.workers, notes=notes)
 
 
 def check_source(config: Config) -> None:

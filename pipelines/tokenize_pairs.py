@@ -39,8 +39,9 @@ from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from pipelines.runtime.cluster import usable_cpus
-from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_plan import ShardStep, shard_plan_lines, try_rows
 
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
 KEPT = [("status", "=", "ok")]  # of the candidates in a Parquet of filter_pairs
@@ -48,6 +49,7 @@ HASH_RANGE = 1 << 64
 # Below so many expected validation pairs, none might fall under the threshold: e^-64 is never, e^-3 is one run in 20.
 FEW_VALIDATION_PAIRS = 64
 EXAMPLES = 20
+TEXT_BYTES = 300  # of a row, about: key, text, its ids, source
 GPU_DECODE_THREADS = 8  # a core decodes some 200 photos a second, a large GPU encodes thousands
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -137,6 +139,24 @@ def main(config: Config, run: JobRun) -> None:
     run.scores.update({**rows, "grid": origin.grid, "text_tokens": text_ids, "image_tokens": image_tokens})
     run.say(f"{rows['rows_train']:,} rows to train on, {rows['rows_validation']:,} held out")
     run.tracker.log_table(example_rows(run.output, text_tokenizer=inputs.text_tokenizer), "examples.json")
+
+
+def plan(config: Config, *, root: Path) -> Iterator[str]:
+    """What `--plan` tells: the shards, and an estimate from encoding a batch of grey pictures."""
+    inputs, planned = require_inputs(config), plan_job(JOB, config, root=root)
+    origin, manifest = token_origin(inputs, image_sizes=config.image_sizes), read_manifest(inputs.pairs)
+    _, tokenizer = load_tokenizers(inputs.text_tokenizer, inputs.image_tokenizer, config.device)
+
+    def encode_grey(rows: Sequence[int]) -> None:
+        with torch.inference_mode():
+            for size in config.image_sizes:
+                tokenizer.encode(torch.zeros(len(rows), 3, size, size, device=config.device))
+
+    bytes_out = sum(2 * grid**2 for grid in origin.grids) + TEXT_BYTES
+    trial = try_rows(range(min(manifest["rows_out"], config.batch_size)), encode_grey, bytes_of=lambda _: bytes_out)
+    tasks = [ShardTask(shard=shard["shard"], input_digest=digest_of(shard["files"])) for shard in manifest["shards"]]
+    steps = [ShardStep(name="tokenized", tasks=tasks)]
+    return shard_plan_lines(planned, rows=manifest["rows_out"], steps=steps, trial=trial, workers=config.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a defect of ours (with its traceback), 2 something that th
 """
 
 import importlib
+import inspect
 import shlex
 import signal
 import sys
@@ -85,15 +86,25 @@ def _dispatch(words: list[str], out: TextIO) -> None:
     module = importlib.import_module(f"pipelines.{order.job}")
     config = read_config(order, module)
     if order.is_plan:
-        if not hasattr(module, "plan"):
-            raise ConfigError(f"--plan: {order.job} has no plan; `python -m pipelines pretrain --plan` shows one")
-        out.writelines(f"{line}\n" for line in module.plan(config, gpu_memory=order.gpu_memory))
+        out.writelines(f"{line}\n" for line in _plan(order, module, config))
         return
     if hasattr(module, "JOB"):
         lines = _run_single(order, module, config)
     else:  # a chain of jobs
         lines = module.main(config, order=order, command=resume_command(words))
     out.write("\n".join(lines) + "\n")
+
+
+def _plan(order: Order, module: ModuleType, config: Any) -> Iterator[str]:
+    """The lines of a job's plan, which is told what it asks for: the memory of a GPU, the folder of the run."""
+    if not hasattr(module, "plan"):
+        raise ConfigError(f"--plan: {order.job} has no plan; `python -m pipelines pretrain --plan` shows one")
+    asked = inspect.signature(module.plan).parameters
+    if order.gpu_memory is not None and "gpu_memory" not in asked:
+        raise ConfigError(f"--gpu-memory: {order.job} trains no model that has to fit; leave it away")
+    known = {"gpu_memory": order.gpu_memory, "root": order.root}
+    lines: Iterator[str] = module.plan(config, **{name: value for name, value in known.items() if name in asked})
+    return lines
 
 
 def _run_single(order: Order, module: ModuleType, config: Any) -> list[str]:

@@ -27,7 +27,13 @@ def write_html(output: Path, *, template: str, values: Mapping[str, Any]) -> Non
 
 def data_url(png: bytes) -> str:
     """A picture inside a URL."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return image_url(png)
+
+
+def image_url(data: bytes) -> str:
+    """A PNG or JPEG inside a URL."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
 def format_duration(seconds: float) -> str:

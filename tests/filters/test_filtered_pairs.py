@@ -1,10 +1,7 @@
-import hashlib
-
 import pytest
 from PIL import Image
 
 from cogview.filters.pairs import FilterRules, judge_pair
-from cogview.filters.repetition import repeated_captions, repeated_images
 from cogview.records.pair import TextImagePair
 from tests.records.test_images import RED_TO_BLUE
 from tests.records.web_site import encode
@@ -50,14 +47,3 @@ def test_a_rejected_pair_names_rule_and_reason(candidate: TextImagePair, rule: s
     judged = judge_pair(candidate, RULES)
     assert judged.rejected is not None
     assert (judged.rejected.rule, judged.rejected.reason) == (rule, reason)
-
-
-def test_the_earliest_of_the_same_images_is_no_repetition() -> None:
-    digests = [hashlib.sha256(word.encode()).hexdigest() for word in ("a", "b", "a", "c", "b", "a")]
-    assert repeated_images(digests).tolist() == [False, False, True, False, True, True]
-    assert repeated_images([]).tolist() == []
-
-
-def test_captions_are_frequent_above_a_count() -> None:
-    assert repeated_captions(["x", "y", "x", "x", "y"], at_most=2) == {"x"}
-    assert repeated_captions(["x"] * 10, at_most=0) == set()

@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from cogview.errors import ConfigError
 from cogview.filters.rules import (
     caption_length,
     has_words,
@@ -11,7 +14,9 @@ from cogview.filters.rules import (
     max_aspect,
     min_contrast,
     min_side,
+    script_share,
 )
+from cogview.filters.score_limits import read_limit, within_limit
 from cogview.filters.verdicts import KEPT, Rejected, Verdict
 
 
@@ -62,13 +67,19 @@ def test_caption_lengths(caption: str, expected: str) -> None:
         "https://a.org/x?y=1",
         "www.example.org",
         "截图.png",
+        "9f86d081884c7d65",
+        "3f2b8c1e-9d4a-4c5b-8e7f-0a1b2c3d4e5f",
+        "5aB3kd9QQx1z8Yp2",
     ],
 )
 def test_names_of_files_are_no_captions(caption: str) -> None:
     assert is_no_file_name(caption) == Rejected("caption_is_file_name", caption)
 
 
-@pytest.mark.parametrize("caption", ["Image", "CLICK TO ENLARGE", "暂无图片", "no image"])
+@pytest.mark.parametrize(
+    "caption",
+    ["Image", "CLICK TO ENLARGE", "暂无图片", "no image", "[image]", "Photo 12", "picture 3 of 10", "图 3", "“图片”"],
+)
 def test_page_furniture_is_no_caption(caption: str) -> None:
     assert reason(is_no_boilerplate(caption)) == "caption_boilerplate"
 
@@ -78,8 +89,63 @@ def test_captions_need_a_letter_or_digit(caption: str) -> None:
     assert reason(has_words(caption)) == "caption_without_words"
 
 
-def test_misencoded_captions_are_rejected() -> None:
-    assert reason(is_well_encoded("caf\ufffd")) == "caption_misencoded"
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "caf\ufffd",
+        "café".encode().decode("cp1252"),
+        "it’s a dog".encode().decode("cp1252"),
+        "红猫".encode().decode("cp1252"),
+    ],
+)
+def test_misencoded_captions_are_rejected(caption: str) -> None:
+    assert reason(is_well_encoded(caption)) == "caption_misencoded"
+
+
+@pytest.mark.parametrize("caption", ["NESCAFÉ®", "CAFÉ™", "café « noir »", "Ångström", "猫在睡觉", "50 °C", "½ cup"])
+def test_rare_but_right_letters_are_kept(caption: str) -> None:
+    assert is_well_encoded(caption) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a dog", "kept"),
+        ("一只狗 and a cat", "kept"),
+        ("2021", "kept"),
+        ("кошка", "caption_other_script"),
+        ("a кошка", "caption_other_script"),
+        ("Redmi Note 7 в наличии", "kept"),
+        ("犬がいる", "caption_other_script"),
+    ],
+)
+def test_captions_in_other_scripts_are_rejected(caption: str, expected: str) -> None:
+    assert reason(script_share(caption, scripts=("latin", "han"), least=0.5)) == expected
+    assert script_share(caption, scripts=(), least=0.5) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("limit", "extra", "expected"),
+    [
+        ("punsafe<=0.5", {"punsafe": 0.9}, "score_beyond_limit"),
+        ("punsafe <= 0.5", {"punsafe": 0.5}, "kept"),
+        ("punsafe<0.5", {"punsafe": 0.5}, "score_beyond_limit"),
+        ("similarity>=2.8e-1", {"similarity": 0.3}, "kept"),
+        ("similarity>0.28", {"similarity": 0.1}, "score_beyond_limit"),
+        ("punsafe<=0.5", {}, "kept"),
+        ("punsafe<=0.5", {"punsafe": None}, "kept"),
+        ("punsafe<=0.5", {"punsafe": "high"}, "kept"),
+        ("punsafe<=0.5", {"punsafe": float("nan")}, "kept"),
+    ],
+)
+def test_scores_beyond_a_limit_are_rejected(limit: str, extra: dict[str, Any], expected: str) -> None:
+    assert reason(within_limit(extra, limit=read_limit(limit))) == expected
+
+
+@pytest.mark.parametrize("text", ["", "punsafe", "punsafe=0.5", "<=0.5", "punsafe<=high", "punsafe<=1e"])
+def test_what_is_no_limit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no limit"):
+        read_limit(text)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +160,10 @@ def test_misencoded_captions_are_rejected() -> None:
         "Z",
         "3 dogs",
         "image of 1 cat",
+        "mount-everest-89590_1280",
+        "red-dress-summer-2019",
+        "HMS Beagle 1831",
+        "photo 51 by Franklin",
     ],
 )
 def test_honest_captions_are_kept(caption: str) -> None:
