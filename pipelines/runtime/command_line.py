@@ -87,6 +87,8 @@ def _dispatch(words: list[str], out: TextIO) -> None:
     if order.is_plan:
         if not hasattr(module, "plan"):
             raise ConfigError(f"--plan: {order.job} has no plan; `python -m pipelines pretrain --plan` shows one")
+        if hasattr(module, "resolve"):
+            config = module.resolve(config, root=order.root)
         out.writelines(f"{line}\n" for line in module.plan(config, gpu_memory=order.gpu_memory))
         return
     if hasattr(module, "JOB"):
