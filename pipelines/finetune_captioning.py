@@ -135,6 +135,7 @@ def write_captions(task: LanguageModelTask, step: int, *, number: int) -> Mappin
         grid=grid,
         max_text=budget,
         text_budget=budget,
+        is_image_fixed=task.config.sequence.is_image_fixed,
     )
     codes_Bhw = torch.from_numpy(rows.image_codes.astype("int64")).view(-1, grid, grid).to(device)
     greedy = SamplingConfig(temperature=0.0)
@@ -148,4 +149,4 @@ def write_captions(task: LanguageModelTask, step: int, *, number: int) -> Mappin
     return {"validation_cap_loss": sum(losses) / len(losses), **task.save_sheet(draw_sheet(tiles), step)}
 
 
-JOB = Job(name="finetune_captioning", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)
+JOB = Job(name="finetune_captioning", version=2, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)
