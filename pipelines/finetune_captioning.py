@@ -74,13 +74,13 @@ SMOKE = replace(
     PAPER,
     dropout=0.0,
     loop=LoopConfig(
-        num_steps=1000,
+        num_steps=1200,
         global_batch_size=16,
         # As in pretraining, so strong a decay makes the model name combinations that it never saw together.
         optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=500,
-        checkpoint_every=500,
+        validate_every=400,
+        checkpoint_every=100,
     ),
     activation_checkpointing=False,
     num_workers=2,
