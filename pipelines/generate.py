@@ -104,7 +104,7 @@ class Config:
             raise ConfigError(f"seeds={self.seeds}: a seed is 0 or more, and below 2**48")
 
 
-PAPER = Config(candidates=60, device="cuda", batch_size=12)  # 60 candidates for each caption, section 3.3
+PAPER = Config(candidates=60, device="cuda", batch_size=12)  # 60 candidates for each caption, section 4.1
 PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(

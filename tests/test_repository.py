@@ -81,6 +81,8 @@ def test_make_without_a_target_helps() -> None:
         (["pretrain", "DATA=/a b/it's"], """road 'smoke' --data '/a b/it'\\''s'"""),
         (["pretrain", "DATA=x", "CAPTIONS=zh,the other"], "--captions 'zh,the other'"),
         (["generate", 'PROMPT=a $5 "box"'], """--prompt 'a $5 "box"'"""),
+        (["generate", "PROMPTS=/a b.txt", "BEST=8"], "--prompts-file '/a b.txt'"),
+        (["caption", "IMAGES=/a b"], "caption 'smoke' --images '/a b'"),
         (["pretrain", "PRESET=emoji", "ARGS=--pretrain.loop.num-steps 5"], "road 'emoji'"),
     ],
 )
@@ -91,7 +93,12 @@ def test_make_hands_words_over_as_they_are(arguments: list[str], expected: str) 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["verify", "NAME=nothing"], "road"), (["generate"], "PROMPT="), (["setup", "PYTHON=no-such-python"], "3.11")],
+    [
+        (["verify", "NAME=nothing"], "road"),
+        (["generate"], "PROMPT="),
+        (["caption"], "IMAGES="),
+        (["setup", "PYTHON=no-such-python"], "3.11"),
+    ],
 )
 def test_make_says_what_is_missing(tmp_path: Path, arguments: list[str], expected: str) -> None:
     shutil.copy(MAKEFILE, tmp_path)

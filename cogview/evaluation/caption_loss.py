@@ -76,7 +76,8 @@ def _log_probabilities(captioner: Captioner, texts: Sequence[tuple[int, ...]], c
     prompts = captioner.prompts(codes_Bhw)
     texts_BT = torch.tensor(texts, device=device) + offset
     ids_BL = torch.cat([torch.tensor(prompts, device=device), texts_BT[:, :-1]], dim=1)
-    positions_BL = torch.arange(ids_BL.shape[1], device=device).expand_as(ids_BL)
+    positions_L = captioner.positions(num_text=texts_BT.shape[1] - 1)
+    positions_BL = torch.tensor(positions_L, device=device).expand_as(ids_BL)
     hidden_NE = model(ids_BL, positions_BL)[:, -texts_BT.shape[1] :].flatten(0, 1)
     ids = range(captioner.vocabulary.image_ids.stop, model.config.vocab_size)
     found = []

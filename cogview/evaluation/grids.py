@@ -71,7 +71,9 @@ def draw_sheet(tiles: Sequence[Tile], *, title: str = "", columns: int = 0, pict
     )
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN - 4), drawable(title), font=_font(TITLE_SIZE, False), fill=INK)
+        font = _font(TITLE_SIZE, _needs_chinese(title) and can_draw(title))
+        shown = _cut(drawable(title), width=sheet.width - 2 * MARGIN, font=font)
+        draw.text((MARGIN, MARGIN - 4), shown, font=font, fill=INK)
     for row, height in zip(rows, heights, strict=True):
         for column, tile in enumerate(row):
             left = MARGIN + column * (tile_width + GUTTER)

@@ -54,7 +54,7 @@ class Captioner:
     """Model, tokenizers and vocabulary that belong together.
 
     grid: image codes along one side; max_text: pieces of the longest caption that it writes, text_budget: that it
-    reads; has_end: captions end with SEP.
+    reads; has_end: captions end with SEP; is_image_fixed: positions are those of pretraining (see `SequenceLayout`).
     """
 
     model: GPT
@@ -65,6 +65,7 @@ class Captioner:
     max_text: int
     text_budget: int
     has_end: bool = True
+    is_image_fixed: bool = False
 
     @classmethod
     def load(cls, checkpoint: Path, *, text_tokenizer: Path, image_tokenizer: Path, device: str = "cpu") -> Self:
@@ -91,6 +92,7 @@ class Captioner:
             text_budget=budget,
             max_text=budget if is_ours else min(RELEASED_TOKENS, budget),
             has_end=is_ours,
+            is_image_fixed=bool(settings.get("is_image_fixed", False)),
         )
 
     @property
@@ -106,6 +108,17 @@ class Captioner:
             [*head, *codes, *(self.vocabulary.command(name) for name in tail)]
             for codes in codes_Bhw.flatten(1).tolist()
         ]
+
+    def positions(self, *, num_text: int) -> list[int]:
+        """Position ids of the prompt and of so many text tokens behind it."""
+        places = LAYOUT.positions(
+            num_text=num_text,
+            num_image_tokens=self.grid**2,
+            budget=self.text_budget,
+            is_image_fixed=self.is_image_fixed,
+        ).tolist()
+        end = len(LAYOUT.segments[1].after)
+        return list(places[:-end])
 
     def allowed(self, language: Language) -> Tensor:
         """bool [K], which choices a caption in this language may be made of."""
@@ -124,7 +137,7 @@ class Captioner:
     def begin(self, codes_Bhw: Tensor) -> "Reading":
         """Read the images, each different one once."""
         prompts = self.prompts(codes_Bhw)
-        places = [range(len(prompt)) for prompt in prompts]
+        places = [self.positions(num_text=0)] * len(prompts)
         hidden_BE, positions_B1, cache = read_prompts(
             self.model, prompts, places, pad=self.vocabulary.command("PAD"), num_tokens=self.max_text
         )

@@ -92,6 +92,8 @@ class SequenceLayout:
         They run through, as in CogView. Or, as in CogLM, what follows the text stands where it would after a text of
         `budget` tokens, so that an image token's position tells its place in the picture whatever the caption's length.
         """
+        if is_image_fixed and self.segments[0].kind == "image":
+            return self._swapped_positions(num_text=num_text, num_image_tokens=num_image_tokens, budget=budget)
         parts, start = [], 0
         for segment in self.segments:
             content = num_text if segment.kind == "text" else num_image_tokens
@@ -122,6 +124,15 @@ class SequenceLayout:
                 parts.append(next(images).astype(np.int64))
             parts.append(np.array([vocabulary.command(name) for name in segment.after], dtype=np.int64))
         return np.concatenate(parts)
+
+    def _swapped_positions(self, *, num_text: int, num_image_tokens: int, budget: int) -> Ids:
+        """Of an image before its text: all tokens stand where they stood in pretraining, the text from 0, the image
+        behind the longest text. Only their order in the row is another."""
+        image, text = self.segments
+        start = len(text.before) + budget
+        image_length = len(image.before) + num_image_tokens + len(image.after)
+        text_length = len(text.before) + num_text + len(text.after)
+        return np.concatenate([np.arange(start, start + image_length), np.arange(text_length)])
 
 
 # A task is a line. text_to_image is the pretraining template of the paper and of the release. captioning is the

@@ -102,6 +102,8 @@ def _plan(order: Order, module: ModuleType, config: Any) -> Iterator[str]:
     asked = inspect.signature(module.plan).parameters
     if order.gpu_memory is not None and "gpu_memory" not in asked:
         raise ConfigError(f"--gpu-memory: {order.job} trains no model that has to fit; leave it away")
+    if hasattr(module, "resolve"):
+        config = module.resolve(config, root=order.root)
     known = {"gpu_memory": order.gpu_memory, "root": order.root}
     lines: Iterator[str] = module.plan(config, **{name: value for name, value in known.items() if name in asked})
     return lines

@@ -14,6 +14,8 @@ from PIL import Image, ImageEnhance
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.evaluation.caption_loss import score_pairs
+from cogview.models.published import load_model, save_model
+from cogview.sampling.caption_search import draw_captions
 from cogview.sampling.captioning import Captioner
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
@@ -25,7 +27,7 @@ from pipelines.runtime.chain import latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, run_job
 from pipelines.tasks.finetuning import build_task
 from tests.pipelines.pair_folders import QuietDisplay
-from tests.pipelines.trained_folders import GRID, TrainedFolders, write_trained_folders
+from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
 
 PROMPTS = ("a large red circle on a blue background", "白色背景上的一个大红色圆形")
 
@@ -154,6 +156,17 @@ def test_a_captioner_does_not_draw_and_a_painter_does_not_caption(folders: Train
         TextToImage.load(captioner, **tokenizers)
     with pytest.raises(CheckpointError, match="not trained to caption"):
         Captioner.load(folders.checkpoint, **tokenizers)
+
+
+def test_a_released_captioner_that_was_imported_writes_twenty_tokens(folders: TrainedFolders, tmp_path: Path) -> None:
+    model, settings = load_model(folders.checkpoint)
+    save_model(model, tmp_path, settings={**settings, "sources": {"mp_rank_00_model_states.pt": "0" * 64}})
+    tokenizers = {"text_tokenizer": folders.text_tokenizer, "image_tokenizer": folders.image_tokenizer}
+    captioner = Captioner.load(tmp_path, **tokenizers)
+    assert captioner.text_budget == LENGTH - 4 - GRID**2
+    codes_Bhw = torch.zeros(2, GRID, GRID, dtype=torch.int64)
+    written = draw_captions(captioner, codes_Bhw, sampling=SamplingConfig(), seeds=[0, 1])
+    assert [len(caption.pieces) for caption in written] == [20, 20]
 
 
 def test_candidates_come_in_the_order_of_cap_loss(drawing: generate.Config, runs_folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cogview.errors import VocabularyError
-from cogview.models.published import load_model
+from cogview.models.published import load_model, save_model
 from cogview.sequences.layout import TASKS
 from cogview.training.loop import LoopConfig, Ranks, train
 from cogview.training.optimization import OptimizerConfig
@@ -88,3 +88,13 @@ def test_weights_of_other_tokenizers_are_refused(settings: Finetuning, tmp_path:
 def test_a_plan_needs_no_weights(settings: Finetuning) -> None:
     lines = list(finetuning_plan(settings, num_workers=1, gpu_memory=None))
     assert any(line.startswith("steps: 8 of 4 rows") for line in lines)
+
+
+def test_an_imported_model_in_half_precision_is_a_start_too(settings: Finetuning, tmp_path: Path) -> None:
+    model, stored = load_model(settings.checkpoint)
+    imported = {**stored, "sources": {"mp_rank_00_model_states.pt": "0" * 64}, "is_image_fixed": False}
+    save_model(model.half(), tmp_path / "imported", settings=imported)
+    gpt, _, config = replace(settings, checkpoint=tmp_path / "imported").start()
+    assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
+    assert config.sequence.length == LENGTH + 1  # one command token more than in pretraining: SEP
+    assert gpt.config.max_positions == LENGTH, "the last token of a row is only a label"

@@ -15,7 +15,9 @@ GRID = 2
 TEXTS = ("a red dot", "a blue dot", "红色圆点", "蓝色圆点", "dots, dots")
 
 
-def small_captioner(folder: Path, *, max_text: int, has_end: bool = True, seed: int = 0) -> Captioner:
+def small_captioner(
+    folder: Path, *, max_text: int, has_end: bool = True, is_image_fixed: bool = False, seed: int = 0
+) -> Captioner:
     train_text_tokenizer(TEXTS, config=TextTokenizerConfig(num_pieces=30, exact=False), output=folder)
     text = TextTokenizer.load(folder)
     torch.manual_seed(seed)
@@ -36,6 +38,7 @@ def small_captioner(folder: Path, *, max_text: int, has_end: bool = True, seed: 
         max_text=max_text,
         text_budget=12,
         has_end=has_end,
+        is_image_fixed=is_image_fixed,
     )
 
 

@@ -16,16 +16,17 @@ GREEDY = SamplingConfig(temperature=0.0)
 CODES = some_codes(6)
 
 
-@pytest.fixture(scope="module")
-def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
-    return small_captioner(tmp_path_factory.mktemp("text"), max_text=6)
+@pytest.fixture(scope="module", params=[False, True], ids=["running", "fixed"])
+def captioner(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Captioner:
+    return small_captioner(tmp_path_factory.mktemp("text"), max_text=6, is_image_fixed=request.param)
 
 
 def log_probabilities(captioner: Captioner, codes_hw: torch.Tensor, pieces: list[int]) -> torch.Tensor:
     """Of every choice after some pieces, [K]: computed anew, without a cache."""
     vocabulary = captioner.vocabulary
     ids = [*captioner.prompts(codes_hw[None])[0], *(piece + vocabulary.text_offset for piece in pieces)]
-    hidden = captioner.model(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1]
+    positions = captioner.positions(num_text=len(pieces))
+    hidden = captioner.model(torch.tensor([ids]), torch.tensor([positions]))[0, -1]
     logits = captioner.model.logits(hidden)
     choices = [*vocabulary.text_ids, *([vocabulary.command("SEP")] if captioner.has_end else [])]
     return logits[choices].log_softmax(dim=0)

@@ -59,3 +59,13 @@ def test_captioning_puts_image_before_text_and_ends_it_with_sep() -> None:
     assert ids[1026:].tolist() == [58196, 58199, 8199, 8200, 58202]  # EOI1, ROI1, the text, SEP
     weights = TASKS["captioning"].loss_weights(num_text=2, num_image_tokens=1024)
     assert weights.tolist() == [0.0] * 1027 + [1.0] * 4
+
+
+def test_captioning_may_keep_every_token_where_it_stood_in_pretraining() -> None:
+    layout = TASKS["captioning"]
+    running = layout.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=False)
+    assert running.tolist() == list(range(11))
+    kept = layout.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=True)
+    trained = LAYOUT.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=True)
+    assert kept[:7].tolist() == trained[3:].tolist()  # BASE BOI1 c c c c EOI1
+    assert kept[7:10].tolist() == trained[:3].tolist()  # ROI1 a b; SEP is only a label
