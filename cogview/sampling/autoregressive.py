@@ -80,7 +80,7 @@ def read_prompts(
         return KeyValueCache(model.config, batch=batch, length=length, dtype=dtype, device=device)
 
     prompts = empty_cache(len(numbers), length)
-    prompts.allowed_BK[:] = allowed_PL
+    prompts.allowed_BK[:], prompts.is_padded = allowed_PL, not bool(allowed_PL.all())
     hidden_PE = model(ids_PL.to(parameter.device), positions_PL, cache=prompts)[:, -1]
     rows_B = torch.tensor(rows, device=parameter.device)
     cache = empty_cache(len(rows), length + num_tokens - 1)
