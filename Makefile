@@ -35,7 +35,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-super-resolution super-resolve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ super-resolve: $(READY) ## Draw pictures at twice the size: those drawn last, or
 	@$(BIN)/python -m pipelines super_resolve smoke --root runs/$(call quoted,PRESET) \
 	    $(if $(value SAMPLES),--samples $(call quoted,SAMPLES)) \
 	    $(if $(value PICTURES),--pictures $(call quoted,PICTURES)) $(ARGS)
+
+serve: $(READY) ## Serve the model trained last on a web page, on 127.0.0.1 [PRESET=smoke] [ARGS="--port 8080"]
+	@$(BIN)/python -m pipelines serve smoke --root runs/$(call quoted,PRESET) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \
