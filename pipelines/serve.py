@@ -8,7 +8,6 @@ Time:    until Ctrl-C; smoke: 4 pictures of 64 x 64 pixels in about a second on 
 """
 
 import asyncio
-import ipaddress
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from pipelines.runtime.jobs import given_folders
 from pipelines.serving.desk import Desk
 from pipelines.serving.orders import Limits
 from pipelines.serving.studio import Studio
-from pipelines.serving.web import Gate, Site
+from pipelines.serving.web import Gate, Site, is_loopback
 
 SOURCES = {
     "checkpoint": "pretrain",
@@ -186,14 +185,6 @@ async def listen(site: Site, *, config: Config) -> None:
         await asyncio.to_thread(site.desk.close)
     finally:
         await runner.cleanup()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address. A name other than localhost may mean anything."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _skill(

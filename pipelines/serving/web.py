@@ -57,7 +57,8 @@ class Gate:
         """RefusedError for a request that is not meant for this server, or comes from another site's page."""
         host = request.headers.get("Host", "")
         name = _name_of(host)
-        is_known = name in ("localhost", *self.names) or _is_address(name, only_loopback=not self.token)
+        # A number is safe: only names can be made to point elsewhere from one moment to the next.
+        is_known = name in self.names or is_loopback(name) or (self.token and is_address(name))
         if not is_known:
             raise RefusedError(421, "this server is not known by that name; start it with --names NAME")
         origin = request.headers.get("Origin")
@@ -200,6 +201,20 @@ class Site:
         return RefusedError(504, f"not drawn within {self.desk.timeout:g} s; ask for fewer pictures, or later")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address. A name other than localhost may mean anything."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def is_address(host: str) -> bool:
+    """Whether this is a number such as 127.0.0.1 or ::1."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def refusal(error: RefusedError) -> web.Response:
     """A refusal as an answer."""
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
@@ -249,12 +264,3 @@ def _name_of(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] if ":" in host else host
-
-
-def _is_address(name: str, *, only_loopback: bool) -> bool:
-    """A number, which no rebinding of names can point elsewhere."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return address.is_loopback or not only_loopback
