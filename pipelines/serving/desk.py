@@ -168,18 +168,18 @@ class Desk:
         else:
             orders = [ticket.order for ticket in batch if isinstance(ticket.order, DrawOrder)]
             results = self.studio.draw(orders, watch=lambda codes: self._watch(batch, codes))
-        for ticket, result in zip(batch, results, strict=True):
-            ticket.tell("done", result)
         with self._changed:
             self.counts["served"] += len(batch)
             self._at_work = []
+        for ticket, result in zip(batch, results, strict=True):
+            ticket.tell("done", result)
 
     def _end(self, batch: Sequence[Ticket], name: str, error: RefusedError) -> None:
-        for ticket in batch:
-            ticket.tell("failed", error)
         with self._changed:
             self.counts[name] += len(batch)
             self._at_work = []
+        for ticket in batch:
+            ticket.tell("failed", error)
 
     def _check(self, batch: Sequence[Ticket]) -> None:
         if self._is_closing or not any(ticket.is_wanted for ticket in batch):
