@@ -42,16 +42,17 @@ def plain_attention(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: 
 def fused_attention(
     q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, *, allowed: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """Torch's fused kernel; `allowed=None` means causal with as many queries as keys.
+    """Torch's fused kernel; `allowed=None` means causal: as many queries as keys, or a single one that is the last.
 
     Short fp32 rows on a CPU take two plain products, which are a quarter faster there.
     """
     q_BHQD = q_BHQD / math.sqrt(q_BHQD.shape[-1])
     is_cpu, dtype, length = q_BHQD.device.type == "cpu", q_BHQD.dtype, q_BHQD.shape[2]
-    if allowed is None and is_written_out(length, is_cpu=is_cpu, dtype=dtype, dropout=dropout):
+    is_causal = allowed is None and length > 1
+    if is_causal and is_written_out(length, is_cpu=is_cpu, dtype=dtype, dropout=dropout):
         return _short_attention(q_BHQD, k_BHKD, v_BHKD)
     return nn.functional.scaled_dot_product_attention(
-        q_BHQD, k_BHKD, v_BHKD, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None, scale=1.0
+        q_BHQD, k_BHKD, v_BHKD, attn_mask=allowed, dropout_p=dropout, is_causal=is_causal, scale=1.0
     )
 
 

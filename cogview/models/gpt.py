@@ -66,6 +66,7 @@ class KeyValueCache:
     """Keys and values of all layers for a fixed number of positions, filled from the left.
 
     allowed_BK: bool, which cached positions may be looked at (False for the padding before a short prompt);
+    is_padded: whether that may be False anywhere; who knows that it is not says so, and spares the masks;
     ids_BK: int64, the tokens, which only sparse attention asks for.
     """
 
@@ -73,16 +74,20 @@ class KeyValueCache:
         head_size = config.hidden_size // config.num_heads
         shape = (config.num_layers, 2, batch, config.num_heads, length, head_size)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self._of_layers = [tuple(layer.unbind(0)) for layer in self.storage.unbind(0)]  # views: keys and values
         self.allowed_BK = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.ids_BK = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        self.is_padded = True
         self.filled = 0
 
     def extend(self, layer: int, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the filled ones; returns all of them [B, H, K, D]."""
-        end = self._end(k_BHLD.shape[2])
-        self.storage[layer, 0, :, :, self.filled : end] = k_BHLD
-        self.storage[layer, 1, :, :, self.filled : end] = v_BHLD
-        return self.storage[layer, 0, :, :, :end], self.storage[layer, 1, :, :, :end]
+        new = k_BHLD.shape[2]
+        end = self._end(new)
+        keys, values = self._of_layers[layer]
+        keys.narrow(2, self.filled, new).copy_(k_BHLD)
+        values.narrow(2, self.filled, new).copy_(v_BHLD)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def remember(self, ids_BL: Tensor) -> Tensor:
         """Store the tokens behind the filled positions; returns all of them [B, K]."""
@@ -96,7 +101,11 @@ class KeyValueCache:
         self.storage[:, :, :, :, :end] = prompts.storage[:, :, rows_B, :, :end]
         self.allowed_BK[:, :end] = prompts.allowed_BK[rows_B, :end]
         self.ids_BK[:, :end] = prompts.ids_BK[rows_B, :end]
-        self.filled = end
+        self.is_padded, self.filled = prompts.is_padded, end
+
+    def sees_all(self, num_queries: int) -> bool:
+        """Whether such queries need no mask: nothing is padding, and they are alone or begin the sequence."""
+        return not self.is_padded and (num_queries == 1 or self.filled == 0)
 
     def attention_mask(self, num_queries: int) -> Tensor:
         """bool [B, 1, Q, K] for queries that follow the filled positions."""
@@ -255,11 +264,12 @@ class GPT(nn.Module):
     def _regions(self, ids_BL: Tensor, cache: KeyValueCache | None, pivot_keys_B: Tensor | None) -> Regions:
         """Where each layer looks: the same for all with dense attention, drawn for each with sparse attention."""
         config, length = self.config.sparse, ids_BL.shape[1]
-        allowed = None if cache is None else cache.attention_mask(length)
         if self.config.attention != "sparse" or not (self.training or config.in_evaluation):
-            return lambda layer: allowed
-        if cache is not None and allowed is not None:
-            ids_BK, max_positions = cache.remember(ids_BL), self.config.max_positions
+            mask = None if cache is None or cache.sees_all(length) else cache.attention_mask(length)
+            return lambda layer: mask
+        if cache is not None:
+            allowed, ids_BK = cache.attention_mask(length), cache.remember(ids_BL)
+            max_positions = self.config.max_positions
             return lambda layer: inference_mask(
                 allowed, ids_BK, layer=layer, max_positions=max_positions, config=config
             )

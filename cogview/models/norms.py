@@ -27,7 +27,10 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
         tiny = torch.finfo(input.dtype).tiny
         if not self.training:
-            return super().forward(input / (input.abs().amax(dim=-1, keepdim=True) / PRESCALED_RANGE).clamp_min(tiny))
+            # Into [-1, 1], with eps made smaller by the square of the range: the same numbers in fewer operations.
+            largest = input.abs().amax(dim=-1, keepdim=True).clamp_min_(tiny)
+            eps = self.eps / PRESCALED_RANGE**2
+            return nn.functional.layer_norm(input / largest, self.normalized_shape, self.weight, self.bias, eps)
         lowest, highest = torch.aminmax(input.detach())
         divisor = (torch.maximum(highest, -lowest) / PRESCALED_RANGE).clamp_min(tiny)
         if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.compiler.is_compiling():

@@ -29,11 +29,13 @@ def generate_codes(
     seeds: list[int],
     prompts_positions: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> Tensor:
     """Image codes int64 [B, grid, grid], one image for each prompt, drawn with that prompt's seed.
 
     prompts_positions: position ids of each prompt's tokens (default: 0, 1, ...); the codes' positions follow the last.
-    progress: called with (tokens drawn, tokens to draw). Raises ConfigError when the positions do not suffice.
+    progress: called with (tokens drawn, tokens to draw); watch: with the codes of each token so far, int64 [B] each.
+    Either may end the drawing by an exception. Raises ConfigError when the positions do not suffice.
     """
     if len(seeds) != len(prompts_ids):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts_ids)} prompts; give one for each")
@@ -56,6 +58,8 @@ def generate_codes(
         codes.append(choose(logits_BK, draws_BT[:, token], config=sampling))
         if progress is not None:
             progress(token + 1, num_tokens)
+        if watch is not None:
+            watch(codes)
         if token + 1 < num_tokens:
             positions_B1 = positions_B1 + 1
             ids_B1 = codes[-1][:, None] + vocabulary.image_ids.start
@@ -80,7 +84,7 @@ def read_prompts(
         return KeyValueCache(model.config, batch=batch, length=length, dtype=dtype, device=device)
 
     prompts = empty_cache(len(numbers), length)
-    prompts.allowed_BK[:] = allowed_PL
+    prompts.allowed_BK[:], prompts.is_padded = allowed_PL, not bool(allowed_PL.all())
     hidden_PE = model(ids_PL.to(parameter.device), positions_PL, cache=prompts)[:, -1]
     rows_B = torch.tensor(rows, device=parameter.device)
     cache = empty_cache(len(rows), length + num_tokens - 1)

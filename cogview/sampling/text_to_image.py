@@ -79,8 +79,12 @@ class TextToImage:
         seeds: Sequence[int],
         sampling: SamplingConfig,
         progress: Callable[[int, int], None] | None = None,
+        watch: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> Tensor:
-        """Image codes int64 [B, h, w], one image for each caption; long captions are cut to the text budget."""
+        """Image codes int64 [B, h, w], one image for each caption; long captions are cut to the text budget.
+
+        progress, watch: called after each token, see `generate_codes`.
+        """
         budget = LAYOUT.text_budget(length=self.length, num_image_tokens=self.grid**2)
         prompts = [
             LAYOUT.prompt_ids(self.text_tokenizer.encode(caption), vocabulary=self.vocabulary, max_text=budget)
@@ -104,6 +108,7 @@ class TextToImage:
             sampling=sampling,
             seeds=list(seeds),
             progress=progress,
+            watch=watch,
         )
 
     def decode(self, codes_Bhw: Tensor) -> Tensor:

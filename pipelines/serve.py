@@ -1,0 +1,210 @@
+"""Serve the model trained last on a web page, and to programs.
+
+Command: make serve
+Reads:   the outputs of pretrain, train_text_tokenizer, train_image_tokenizer and, where they are done, of
+         finetune_captioning (ranks candidates, captions pictures) and finetune_super_resolution
+Writes:  nothing; pictures go to whoever asked for them
+Time:    until Ctrl-C; smoke: 4 pictures of 64 x 64 pixels in about a second on two cores
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from aiohttp import web
+
+from cogview.config import input_field
+from cogview.errors import ConfigError, VocabularyError
+from cogview.sampling.captioning import Captioner
+from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.super_resolution import SAMPLING, Magnifier
+from cogview.sampling.text_to_image import TextToImage
+from pipelines.runtime.chain import fill_from_chain, latest_output
+from pipelines.runtime.flags import Order
+from pipelines.runtime.jobs import given_folders
+from pipelines.serving.desk import Desk
+from pipelines.serving.orders import Limits
+from pipelines.serving.studio import Studio
+from pipelines.serving.web import Gate, Site, is_loopback
+
+SOURCES = {
+    "checkpoint": "pretrain",
+    "text_tokenizer": "train_text_tokenizer",
+    "image_tokenizer": "train_image_tokenizer",
+}
+SKILLS = {"captioner": "finetune_captioning", "magnifier": "finetune_super_resolution"}
+MIN_TOKEN = 16  # characters
+GRACE_SECONDS = 5.0  # for answers under way when the server ends
+Skill = TypeVar("Skill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Folders that are not given are those of the chain that ran last, and of the finetunes made from it.
+
+    captioner: ranks candidates and captions pictures; magnifier: draws pictures again at twice the size.
+    host, port: where to listen (port 0: any free one); another host than this machine's own needs token_file, a file
+    with a secret of 16 characters or more that every client has to send; names: host names under which it is asked for.
+    sampling: of a request that does not say; magnify_sampling: of super-resolution. max_candidates: of one request;
+    max_prompt: characters. batch_size: pictures drawn at once, from several requests; max_waiting: requests in the
+    queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the machine.
+    """
+
+    checkpoint: Path | None = input_field(default=None)
+    text_tokenizer: Path | None = input_field(default=None)
+    image_tokenizer: Path | None = input_field(default=None)
+    captioner: Path | None = input_field(default=None)
+    magnifier: Path | None = input_field(default=None)
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token_file: Path | None = input_field(default=None)
+    names: tuple[str, ...] = ()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    magnify_sampling: SamplingConfig = field(default_factory=lambda: SAMPLING)
+    max_candidates: int = 8
+    max_prompt: int = 1000
+    batch_size: int = 12
+    max_waiting: int = 64
+    timeout: float = 120.0
+    device: str = "cpu"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("max_candidates", "max_prompt", "batch_size", "max_waiting", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
+        if self.max_candidates > self.batch_size:
+            raise ConfigError(
+                f"max_candidates={self.max_candidates} is more than batch_size={self.batch_size}: a request is drawn "
+                "in one batch"
+            )
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"port={self.port}: give one from 0 (any that is free) to 65535")
+        if not 0 < self.timeout <= 86400:  # also refuses NaN
+            raise ConfigError(f"timeout={self.timeout}: give seconds, above 0 and up to a day")
+        if not is_loopback(self.host) and self.token_file is None:
+            raise ConfigError(
+                f"host={self.host}: others can reach that address; give --token-file FILE with a secret for them, or "
+                "keep 127.0.0.1"
+            )
+
+
+PAPER = Config(device="cuda")
+PRESETS: dict[str, Config] = {
+    "paper": PAPER,
+    "smoke": replace(
+        PAPER,
+        sampling=SamplingConfig(top_k=12),  # as generate's
+        magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),  # as super_resolve's
+        batch_size=32,
+        device="cpu",
+    ),
+}
+
+
+def main(config: Config, *, order: Order, command: str) -> list[str]:
+    """Serve until Ctrl-C, and return the closing words."""
+    config = fill_from_chain(config, SOURCES, root=order.root)
+    gate = Gate(token=read_token(config.token_file), names=config.names)
+    studio = load_studio(config, root=order.root)
+    with open_desk(config, studio) as desk:
+        asyncio.run(listen(Site(desk, limits=limits_of(config, studio), gate=gate), config=config))
+    counts = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in desk.counts.items())
+    return [f"serve: ended; requests: {counts}"]
+
+
+def load_studio(config: Config, *, root: Path) -> Studio:
+    """All models. VocabularyError for a folder that was given and does not belong to the tokenizers.
+
+    A finetune that is found, but was made with other tokenizers, is left out with a line that says so.
+    """
+    folders = given_folders(config, SOURCES)
+    tokenizers = {name: folders[name] for name in ("text_tokenizer", "image_tokenizer")}
+    return Studio(
+        painter=TextToImage.load(**folders, device=config.device),
+        captioner=_skill("captioner", Captioner.load, tokenizers, config=config, root=root),
+        magnifier=_skill("magnifier", Magnifier.load, tokenizers, config=config, root=root),
+        magnify_sampling=config.magnify_sampling,
+    )
+
+
+def open_desk(config: Config, studio: Studio) -> Desk:
+    """The queue and its worker, not yet at work."""
+    return Desk(
+        studio,
+        max_waiting=config.max_waiting,
+        batch_size=config.batch_size,
+        timeout=config.timeout,
+        threads=config.threads,
+    )
+
+
+def limits_of(config: Config, studio: Studio) -> Limits:
+    """What a request may ask for."""
+    return Limits(
+        grid=studio.painter.grid,
+        num_codes=studio.painter.image_tokenizer.num_codes,
+        sampling=config.sampling,
+        max_prompt=config.max_prompt,
+        max_candidates=config.max_candidates,
+    )
+
+
+def read_token(path: Path | None) -> str:
+    """The secret in a file, or none. ConfigError when there is none to read, or a short one."""
+    if path is None:
+        return ""
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token_file={path} cannot be read ({type(error).__name__}); write ASCII into it") from error
+    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
+        raise ConfigError(f"token_file={path}: give {MIN_TOKEN} characters or more, without blanks")
+    return token
+
+
+async def listen(site: Site, *, config: Config) -> None:
+    """Answer requests until the process is asked to end; what is being drawn then is given up."""
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    runner = web.AppRunner(site.app(), handler_cancellation=True, access_log=None, shutdown_timeout=GRACE_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, config.host, config.port).start()
+        except OSError as error:
+            raise ConfigError(f"host={config.host}, port={config.port}: {error.strerror}; give others") from error
+        shown = f"[{config.host}]" if ":" in config.host else config.host
+        _say(f"CogView: http://{shown}:{runner.addresses[0][1]}  (Ctrl-C ends it)")
+        await ended.wait()
+        await asyncio.to_thread(site.desk.close)
+    finally:
+        await runner.cleanup()
+
+
+def _skill(
+    name: str, load: Callable[..., Skill], tokenizers: Mapping[str, Path], *, config: Config, root: Path
+) -> Skill | None:
+    """A finetuned model: the one given, else the one made last, else none."""
+    given: Path | None = getattr(config, name)
+    if given is not None:
+        return load(given, **tokenizers, device=config.device)
+    try:
+        found = latest_output(SKILLS[name], flag=f"--{name}", root=root)
+    except ConfigError:
+        return None
+    try:
+        return load(found, **tokenizers, device=config.device)
+    except VocabularyError as error:
+        _say(f"left out: {error}")
+        return None
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""The server of `serve`: requests checked and queued, one worker that owns the models, and the page."""
