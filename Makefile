@@ -35,7 +35,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-super-resolution super-resolve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,14 @@ caption: $(READY) ## Write captions in English and Chinese: IMAGES=/folder, a pi
 finetune-style: $(READY) ## Teach it a style: DATA=/folder STYLE="oil painting" (or a folder for each style) [ARGS="..."]
 	@$(BIN)/python -m pipelines finetune_style $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
 	    $(if $(value STYLE),--style $(call quoted,STYLE)) $(ARGS)
+
+finetune-super-resolution: $(READY) ## Teach the model trained last to draw pictures at twice the size [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_super_resolution $(call quoted,PRESET) $(ARGS)
+
+super-resolve: $(READY) ## Draw pictures at twice the size: those drawn last, or SAMPLES=/folder or PICTURES=/folder [ARGS="..."]
+	@$(BIN)/python -m pipelines super_resolve smoke --root runs/$(call quoted,PRESET) \
+	    $(if $(value SAMPLES),--samples $(call quoted,SAMPLES)) \
+	    $(if $(value PICTURES),--pictures $(call quoted,PICTURES)) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \

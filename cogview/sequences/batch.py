@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cogview.errors import SchemaError
-from cogview.sequences.layout import IdSequence, SequenceLayout
+from cogview.sequences.layout import Codes, IdSequence, SequenceLayout
 from cogview.tokenizers.vocabulary import Vocabulary
 
 
@@ -50,7 +49,7 @@ class SequenceConfig:
 
 def build_batch(
     text_ids: Sequence[IdSequence],
-    image_codes: npt.NDArray[np.uint16],
+    image_codes: Codes | Sequence[Codes],
     *,
     layout: SequenceLayout,
     config: SequenceConfig,
@@ -58,19 +57,23 @@ def build_batch(
 ) -> SequenceBatch:
     """Lay out n rows: `text_ids` n lists of raw text pieces, `image_codes` uint16 [n, codes].
 
+    A layout of several images takes one such array for each of them, in its order.
     Rows are padded to the longest of the batch, which changes no loss. Texts over the budget are cut at their end.
     """
-    if len(text_ids) != len(image_codes):
-        raise SchemaError(f"{len(text_ids)} texts for {len(image_codes)} images; a row has one of each")
-    budget = layout.text_budget(length=config.length, num_image_tokens=image_codes.shape[1])
+    images = [image_codes] if isinstance(image_codes, np.ndarray) else image_codes
+    for codes in images:
+        if len(text_ids) != len(codes):
+            raise SchemaError(f"{len(text_ids)} texts for {len(codes)} images; a row has one of each")
+    num_image_tokens = [codes.shape[1] for codes in images]
+    budget = layout.text_budget(length=config.length, num_image_tokens=num_image_tokens)
     rows = [
-        layout.fill(text, [codes], vocabulary=vocabulary, budget=budget)
-        for text, codes in zip(text_ids, image_codes, strict=True)
+        layout.fill(text, [codes[row] for codes in images], vocabulary=vocabulary, budget=budget)
+        for row, text in enumerate(text_ids)
     ]
     places = [
         layout.positions(
             num_text=min(len(text), budget),
-            num_image_tokens=image_codes.shape[1],
+            num_image_tokens=num_image_tokens,
             budget=budget,
             is_image_fixed=config.is_image_fixed,
         )
@@ -83,7 +86,7 @@ def build_batch(
         padded_BL[row, : len(ids)] = ids
         positions_BL[row, : len(ids)] = place
         segments_BL[row, : len(ids)] = layout.loss_weights(
-            num_text=min(len(text), budget), num_image_tokens=image_codes.shape[1]
+            num_text=min(len(text), budget), num_image_tokens=num_image_tokens
         )
     tokens_BL = torch.from_numpy(padded_BL)
     inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()

@@ -6,7 +6,7 @@ look at held-out rows, batches of two images, changes to the model) is a functio
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,8 @@ class Finetuning:
     is_image_fixed: None for the rule of the checkpoint. Positions beyond its table are added to it, model_changes are
     made (see `continued`), and adapt has the last word on the model before it is trained. lora: with a rank, only
     adapters are trained; they are published beside weights that they are merged into.
-    look, lay_out: see `TaskConfig`; published: more entries for `model.json`, where `task` tells what was finetuned.
+    look, lay_out, other_grids: see `TaskConfig`; published: more entries for `model.json`, where `task` tells what was
+    finetuned.
     """
 
     checkpoint: Path
@@ -71,6 +72,7 @@ class Finetuning:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     look: Look | None = None
     lay_out: LayOut = lay_out_rows
+    other_grids: tuple[int, ...] = ()
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self) -> tuple[GPT, Parts, TaskConfig]:
@@ -82,8 +84,8 @@ class Finetuning:
         gpt, settings = load_model(self.checkpoint)
         require_fingerprints(settings["fingerprints"], found=parts.fingerprints, where=self.checkpoint)
         sequence = self.sequence(settings, grid=parts.train.grid)
-        # The last token of a row is only a label, so it needs no position.
-        gpt = continued(gpt, min_positions=sequence.length - 1, changes=self.model_changes)
+        num_positions = self.num_positions(sequence, grid=parts.train.grid)
+        gpt = continued(gpt, min_positions=num_positions, changes=self.model_changes)
         config = TaskConfig(
             layout=TASKS[self.task],
             sequence=sequence,
@@ -92,7 +94,8 @@ class Finetuning:
             num_validation_rows=self.num_validation_rows,
             look=self.look,
             lay_out=self.lay_out,
-            published={"task": self.task, "started_from": settings["sha256"], **self.published},
+            other_grids=self.other_grids,
+            published={"task": self.task, "started_from": settings["sha256"], **self._grids(), **self.published},
             save=partial(publish_adapters, base=self.checkpoint, lora=self.lora) if self.lora.rank else save_model,
         )
         if self.lora.rank:
@@ -124,11 +127,23 @@ class Finetuning:
     def row_length(self, settings: Mapping[str, Any], *, grid: int) -> int:
         """Tokens of a row with as much text as in pretraining, and the images of this layout."""
         trained_as = TASKS[settings.get("task", "text_to_image")]
-        trained_images = sum(segment.kind == "image" for segment in trained_as.segments)
-        budget = settings["length"] - trained_as.overhead() - trained_images * settings["grid"] ** 2
-        layout = TASKS[self.task]
-        images = sum(segment.kind == "image" for segment in layout.segments)
-        return int(budget) + layout.overhead() + images * grid**2
+        trained = image_tokens(settings["grid"], settings.get("other_grids", ()))
+        budget = trained_as.text_budget(length=int(settings["length"]), num_image_tokens=trained)
+        return budget + TASKS[self.task].overhead() + sum(image_tokens(grid, self.other_grids))
+
+    def num_positions(self, sequence: SequenceConfig, *, grid: int) -> int:
+        """Rows of the table of positions that these rows need."""
+        layout, tokens = TASKS[self.task], image_tokens(grid, self.other_grids)
+        budget = layout.text_budget(length=sequence.length, num_image_tokens=tokens)
+        return layout.num_positions(budget=budget, num_image_tokens=tokens)
+
+    def _grids(self) -> dict[str, Any]:
+        return {"other_grids": list(self.other_grids)} if self.other_grids else {}
+
+
+def image_tokens(grid: int, other_grids: Sequence[int]) -> list[int]:
+    """How many codes each image of a row has: those at other grids come first."""
+    return [side**2 for side in (*other_grids, grid)]
 
 
 def finetune(settings: Finetuning, *, run: JobRun, num_workers: int) -> dict[str, float]:
@@ -179,10 +194,11 @@ def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{settings.checkpoint} holds no trained model ({error})") from error
     grid = settings.inputs.load().train.grid
-    length = settings.sequence(stored, grid=grid).length
+    sequence = settings.sequence(stored, grid=grid)
+    num_positions, length = settings.num_positions(sequence, grid=grid), sequence.length
     shape = dict(stored["config"])
     model = GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))})
-    model = replace(model, max_positions=max(model.max_positions, length - 1), **settings.model_changes)
+    model = replace(model, max_positions=max(model.max_positions, num_positions), **settings.model_changes)
     return plan_lines(
         model,
         loop=settings.loop,

@@ -93,10 +93,9 @@ LayOut = Callable[[TokenRows, "TaskConfig", Vocabulary], SequenceBatch]
 
 
 def lay_out_rows(rows: TokenRows, config: "TaskConfig", vocabulary: Vocabulary) -> SequenceBatch:
-    """Token rows in the task's layout, for layouts of one text and one image."""
-    return build_batch(
-        rows.text_ids, rows.image_codes, layout=config.layout, config=config.sequence, vocabulary=vocabulary
-    )
+    """Token rows in the task's layout, for layouts of one text and the pictures at `other_grids`, then the main one."""
+    images = [*(rows.other_codes[grid] for grid in config.other_grids), rows.image_codes]
+    return build_batch(rows.text_ids, images, layout=config.layout, config=config.sequence, vocabulary=vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,8 @@ class TaskConfig:
     """What a task does with rows and weights, whatever the weights start from. Functions are those of a module.
 
     look: called with the task and the step after the held-out losses of each validation; returns more scores, and
-    under PICTURE_KEY a picture (see `save_sheet`). lay_out: makes the batches. published: goes into `model.json`.
+    under PICTURE_KEY a picture (see `save_sheet`). lay_out: makes the batches. other_grids: sizes at which the layout
+    asks for the same picture before the main one. published: goes into `model.json`.
     save: writes the model with these settings, as `save_model` does.
     """
 
@@ -115,6 +115,7 @@ class TaskConfig:
     num_validation_rows: int
     look: Look | None = None
     lay_out: LayOut = lay_out_rows
+    other_grids: tuple[int, ...] = ()
     published: Mapping[str, Any] = field(default_factory=dict)
     save: Callable[..., None] = save_model
 
@@ -130,7 +131,8 @@ class LanguageModelTask:
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """This worker's rows of a step."""
         indices = ranks.share(self.order.indices(step))
-        batch = weighted(self.lay_out(self.parts.train.rows(indices, with_texts=False)))
+        grids = self.config.other_grids
+        batch = weighted(self.lay_out(self.parts.train.rows(indices, with_texts=False, other_grids=grids)))
         if self.gpt.config.attention != "sparse":
             return batch
         keys_B = pivot_keys(torch.from_numpy(indices), seed=self.config.loop.seed, step=step)
@@ -164,11 +166,10 @@ class LanguageModelTask:
 
     def held_out_batches(self) -> Iterator[SequenceBatch]:
         """The first held-out rows, a few at a time."""
-        number = min(self.config.num_validation_rows, len(self.parts.validation))
+        number, grids = min(self.config.num_validation_rows, len(self.parts.validation)), self.config.other_grids
         for start in range(0, number, VALIDATION_ROWS_AT_ONCE):
-            yield self.lay_out(
-                self.parts.validation.rows(np.arange(start, min(start + VALIDATION_ROWS_AT_ONCE, number)))
-            )
+            indices = np.arange(start, min(start + VALIDATION_ROWS_AT_ONCE, number))
+            yield self.lay_out(self.parts.validation.rows(indices, other_grids=grids))
 
     def spread_rows(self, number: int) -> npt.NDArray[np.int64]:
         """Numbers of up to `number` held-out rows, evenly spread, always the same ones."""

@@ -50,3 +50,17 @@ def test_a_long_text_is_cut_before_any_image_token() -> None:
 def test_texts_and_images_must_be_as_many() -> None:
     with pytest.raises(SchemaError, match="1 texts for 2 images"):
         batch([[1]])
+
+
+def test_a_row_of_two_images_has_both_in_their_order() -> None:
+    low, high = CODES[:, :1], CODES
+    layout, config = TASKS["super_resolution"], SequenceConfig(length=30)
+    built = build_batch([[0, 1], [3]], [low, high], layout=layout, config=config, vocabulary=VOCABULARY)
+    names = ("ROI1", "BASE", "BOI1", "EOI1", "ROI2", "BOI2", "EOI2")
+    roi1, base, boi1, eoi1, roi2, boi2, eoi2 = map(VOCABULARY.command, names)
+    assert built.ids[0].tolist() == [roi1, 16, 17, base, boi1, 1, eoi1, roi2, base, boi2, 1, 2, 3, 4]
+    assert built.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]
+    assert built.labels[0, -1] == eoi2
+    assert built.ids[1].tolist()[4:6] == [5, eoi1]
+    with pytest.raises(SchemaError, match="2 texts for 1 images"):
+        build_batch([[0], [1]], [low, high[:1]], layout=layout, config=config, vocabulary=VOCABULARY)

@@ -69,3 +69,55 @@ def test_captioning_may_keep_every_token_where_it_stood_in_pretraining() -> None
     trained = LAYOUT.positions(num_text=2, num_image_tokens=4, budget=5, is_image_fixed=True)
     assert kept[:7].tolist() == trained[3:].tolist()  # BASE BOI1 c c c c EOI1
     assert kept[7:10].tolist() == trained[:3].tolist()  # ROI1 a b; SEP is only a label
+
+
+LOW, HIGH = np.arange(256, dtype=np.uint16), np.arange(1024, dtype=np.uint16)
+BOTH = (256, 1024)
+
+
+def test_super_resolution_is_the_released_magnify_template() -> None:
+    ids = TASKS["super_resolution_released"].fill([7, 8], [LOW, HIGH], vocabulary=RELEASED, budget=56)
+    assert ids[:5].tolist() == [58199, 8199, 8200, 58208, 58193]  # ROI1, the text, BASE (not SMALL), BOI1
+    assert ids[5:261].tolist() == list(range(256))
+    assert ids[261:266].tolist() == [58196, 58200, 58210, 58208, 58194]  # EOI1, ROI2, POS0, BASE, BOI2
+    assert ids[266:1290].tolist() == list(range(1024))
+    assert ids[1290:].tolist() == [58197]  # EOI2
+
+
+def test_the_paper_has_no_place_in_super_resolution() -> None:
+    released = TASKS["super_resolution_released"].fill([7, 8], [LOW, HIGH], vocabulary=RELEASED, budget=56)
+    paper = TASKS["super_resolution"].fill([7, 8], [LOW, HIGH], vocabulary=RELEASED, budget=57)
+    assert paper.tolist() == [token for token in released.tolist() if token != RELEASED.command("POS0")]
+
+
+def test_a_prompt_of_super_resolution_ends_behind_boi2() -> None:
+    for name in ("super_resolution", "super_resolution_released"):
+        prompt = TASKS[name].prompt_ids([7, 8], [LOW], vocabulary=RELEASED, max_text=56)
+        row = TASKS[name].fill([7, 8], [LOW, HIGH], vocabulary=RELEASED, budget=56)
+        assert prompt == row[:-1025].tolist()
+        assert prompt[-1] == RELEASED.command("BOI2")
+
+
+@pytest.mark.parametrize(("name", "overhead"), [("super_resolution", 8), ("super_resolution_released", 9)])
+def test_positions_begin_again_at_roi2_and_fit_into_the_released_table(name: str, overhead: int) -> None:
+    layout = TASKS[name]
+    budget = layout.text_budget(length=1345, num_image_tokens=BOTH)
+    assert budget == 1345 - 256 - 1024 - overhead
+    places = layout.positions(num_text=2, num_image_tokens=BOTH, budget=budget, is_image_fixed=False).tolist()
+    roi2 = 1 + 2 + 2 + 256 + 1
+    assert places == [*range(roi2), *range(overhead - 4 + 1024)]
+    fixed = layout.positions(num_text=2, num_image_tokens=BOTH, budget=budget, is_image_fixed=True).tolist()
+    assert fixed[roi2 - 1] == budget + 3 + 256
+    assert fixed[roi2:] == places[roi2:]
+    assert layout.num_positions(budget=budget, num_image_tokens=BOTH) <= 1089
+
+
+def test_a_table_of_positions_has_a_row_for_all_but_the_last_token() -> None:
+    assert LAYOUT.num_positions(budget=61, num_image_tokens=1024) == 1088
+    # 4 + 1024 + 1 tokens from ROI2 on, the last of which is only a label; the first part is shorter.
+    assert TASKS["super_resolution"].num_positions(budget=57, num_image_tokens=BOTH) == 1027
+
+
+def test_a_layout_of_two_images_wants_two_numbers_of_tokens() -> None:
+    with pytest.raises(ConfigError, match="the layout has 2 images"):
+        TASKS["super_resolution"].text_budget(length=1345, num_image_tokens=(256,))

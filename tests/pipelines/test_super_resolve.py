@@ -1,0 +1,172 @@
+"""Samples and picture files in, larger pictures out: what is written, what decides a picture, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cogview.errors import CheckpointError, ConfigError, VocabularyError
+from cogview.evaluation.grids import to_pictures
+from cogview.models.published import load_model, save_model
+from cogview.sampling.super_resolution import Magnifier
+from cogview.scenes.scene import corpus, draw_scene
+from cogview.tokenizers.vqvae import ImageTokenizer
+from pipelines.runtime.jobs import Finished, digest_input, run_job
+from pipelines.super_resolve import JOB, Config, resolve
+from tests.pipelines.pair_folders import QuietDisplay
+from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
+
+CAPTIONS = ("a large red circle on a blue background", "白色背景上的一个大红色圆形", "a star")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolders:
+    return write_trained_folders(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def finetuned(folders: TrainedFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, said to be finetuned: it draws noise, but from the right prompts."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    model, settings = load_model(folders.checkpoint)
+    grids = {"task": "super_resolution", "grid": GRID, "other_grids": [GRID // 2], "length": LENGTH}
+    save_model(model, folder, settings={**settings, **grids})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(folders: TrainedFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What generate leaves behind, of which this job reads the table."""
+    folder = tmp_path_factory.mktemp("samples")
+    codes = np.random.default_rng(0).integers(0, 32, (len(CAPTIONS), GRID * GRID))
+    rows = [
+        {
+            "prompt": caption,
+            "latin_prompt": f"prompt {number}",
+            "kind": "given",
+            "language": "",
+            "scene": "",
+            "codes": codes[number].tolist(),
+            "path": f"samples/{number:06d}.png",
+        }
+        for number, caption in enumerate(CAPTIONS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folders: TrainedFolders, finetuned: Path, samples: Path) -> Config:
+    return Config(
+        checkpoint=finetuned,
+        text_tokenizer=folders.text_tokenizer,
+        image_tokenizer=folders.image_tokenizer,
+        samples=samples,
+        batch_size=2,
+    )
+
+
+def magnify(config: Config, root: Path) -> tuple[Finished, list[dict[str, object]]]:
+    done = run_job(JOB, config, root=root, display=QuietDisplay())
+    return done, pq.read_table(done.output / "samples.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def magnified(config: Config, runs_folder: Path) -> tuple[Finished, list[dict[str, object]]]:
+    return magnify(config, runs_folder / "super_resolve")
+
+
+def test_every_sample_is_there_at_twice_the_size(config: Config, magnified) -> None:
+    done, rows = magnified
+    assert [row["prompt"] for row in rows] == list(CAPTIONS)
+    assert len({row["seed"] for row in rows}) == 3
+    tokenizer = ImageTokenizer.load(config.image_tokenizer)
+    for row in rows:
+        assert (row["height"], row["width"]) == (2 * GRID, 2 * GRID)
+        codes_1hw = torch.tensor(row["codes"]).view(1, 2 * GRID, 2 * GRID)
+        expected = to_pictures(tokenizer.decode(codes_1hw))[0]
+        assert np.array_equal(np.asarray(Image.open(done.output / row["path"])), np.asarray(expected))
+        assert row["checkpoint"] == digest_input(config.checkpoint, field_name="checkpoint")
+    assert Image.open(done.output / "sheet.png").width > 3 * 192
+    assert {"edges_enlarged", "edges_drawn"} <= done.scores.keys()
+
+
+def test_a_picture_does_not_depend_on_the_batch(config: Config, magnified, run_root: Path) -> None:
+    _, alone = magnify(replace(config, batch_size=1), run_root)
+    assert [row["codes"] for row in alone] == [row["codes"] for row in magnified[1]]
+    _, first = magnify(replace(config, num_pictures=1, seed=1), run_root)
+    assert first[0]["codes"] != alone[0]["codes"]
+    _, raster = magnify(replace(config, order="raster"), run_root)
+    assert [row["codes"] for row in raster] != [row["codes"] for row in alone]
+
+
+def test_what_was_magnified_can_be_magnified_again(config: Config, magnified, run_root: Path) -> None:
+    done, _ = magnified
+    _, rows = magnify(replace(config, samples=done.output, num_pictures=1), run_root)
+    assert (rows[0]["height"], len(rows[0]["codes"])) == (4 * GRID, 16 * GRID * GRID)
+
+
+def test_picture_files_of_any_shape_are_magnified(config: Config, tmp_path: Path, run_root: Path) -> None:
+    for number, (scene, size) in enumerate(zip(corpus(0, 3), ((40, 61), (120, 90), (8, 8)), strict=True)):
+        draw_scene(scene.scene, image_size=128).resize(size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"{scene.english}\n")
+    (tmp_path / "3.png").write_bytes(b"<html>")
+    (tmp_path / "3.txt").write_text("not a picture\n")
+    draw_scene(scene.scene, image_size=64).save(tmp_path / "4.png")
+    display = QuietDisplay()
+    pictures = replace(config, samples=None, pictures=tmp_path, short_side=32)
+    done = run_job(JOB, pictures, root=run_root, display=display)
+    rows = pq.read_table(done.output / "samples.parquet").to_pylist()
+    assert [(row["source"], row["height"], row["width"]) for row in rows] == [("0.png", 12, 8), ("1.png", 8, 10)]
+    assert Image.open(done.output / rows[0]["path"]).size == (64, 96)
+    left_out = [line for line in display.lines if line.startswith("left out")]
+    assert left_out == [
+        "left out: 2.png (smaller than the squares that the model reads)",
+        "left out: 3.png (image_is_html)",
+        "left out: 4.png (caption_missing)",
+    ]
+
+
+def test_what_cannot_be_magnified_is_refused(
+    config: Config, folders: TrainedFolders, tmp_path: Path, run_root: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="not for super-resolution"):
+        magnify(replace(config, checkpoint=folders.checkpoint), run_root)
+    with pytest.raises(ConfigError, match="no whole samples.parquet"):
+        magnify(replace(config, samples=folders.text_tokenizer), run_root)
+    with pytest.raises(ConfigError, match="name the output folder of generate"):
+        magnify(replace(config, samples=None), run_root)
+    table = pq.read_table(config.samples / "samples.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**table[0], "codes": [99] * 16}]), tmp_path / "samples.parquet")
+    with pytest.raises(VocabularyError, match="has the code 99, but the image tokenizer has 32 codes"):
+        magnify(replace(config, samples=tmp_path), run_root)
+    with pytest.raises(ConfigError, match="both given"):
+        replace(config, pictures=tmp_path)
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        replace(config, batch_size=0)
+
+
+def test_what_is_not_given_is_what_was_made_last(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run `make finetune-super-resolution` first, or give --checkpoint"):
+        resolve(replace(config, checkpoint=None), root=tmp_path)
+    newest = tmp_path / "finetune_super_resolution" / "abc"
+    newest.mkdir(parents=True)
+    (newest / "complete.json").write_text("{}")
+    assert resolve(replace(config, checkpoint=None), root=tmp_path).checkpoint == newest
+    with pytest.raises(ConfigError, match="run `make generate` first, or give --samples"):
+        resolve(replace(config, samples=None), root=tmp_path)
+
+
+def test_the_sampler_of_the_release_can_be_had(config: Config, folders: TrainedFolders) -> None:
+    from pipelines.super_resolve import load_magnifier
+
+    imported = replace(config, checkpoint=folders.checkpoint, layout="super_resolution_released", keeps_position=True)
+    magnifier = load_magnifier(imported)
+    assert isinstance(magnifier, Magnifier)
+    assert magnifier.keeps_position
+    assert (magnifier.side, magnifier.text_budget) == (2, 44)
