@@ -17,7 +17,8 @@ from cogview.sampling.super_resolution import Magnifier
 from cogview.scenes.scene import corpus, draw_scene
 from cogview.tokenizers.vqvae import ImageTokenizer
 from pipelines.runtime.jobs import Finished, digest_input, run_job
-from pipelines.super_resolve import JOB, Config, resolve
+from pipelines.super_resolve import JOB, Config, load_magnifier, main, resolve
+from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
 
@@ -71,14 +72,17 @@ def config(folders: TrainedFolders, finetuned: Path, samples: Path) -> Config:
     )
 
 
-def magnify(config: Config, root: Path) -> tuple[Finished, list[dict[str, object]]]:
-    done = run_job(JOB, config, root=root, display=QuietDisplay())
-    return done, pq.read_table(done.output / "samples.parquet").to_pylist()
+def magnify(config: Config, output: Path) -> tuple[ShownRun, list[dict[str, object]]]:
+    run = open_run(output)
+    run.inputs = {"checkpoint": "c" * 64}
+    main(config, run)
+    return run, pq.read_table(output / "samples.parquet").to_pylist()
 
 
 @pytest.fixture(scope="module")
 def magnified(config: Config, runs_folder: Path) -> tuple[Finished, list[dict[str, object]]]:
-    return magnify(config, runs_folder / "super_resolve")
+    done = run_job(JOB, config, root=runs_folder / "super_resolve", display=QuietDisplay())
+    return done, pq.read_table(done.output / "samples.parquet").to_pylist()
 
 
 def test_every_sample_is_there_at_twice_the_size(config: Config, magnified) -> None:
@@ -96,35 +100,32 @@ def test_every_sample_is_there_at_twice_the_size(config: Config, magnified) -> N
     assert {"edges_enlarged", "edges_drawn"} <= done.scores.keys()
 
 
-def test_a_picture_does_not_depend_on_the_batch(config: Config, magnified, run_root: Path) -> None:
-    _, alone = magnify(replace(config, batch_size=1), run_root)
+def test_a_picture_does_not_depend_on_the_batch(config: Config, magnified, tmp_path: Path) -> None:
+    _, alone = magnify(replace(config, batch_size=1), tmp_path / "alone")
     assert [row["codes"] for row in alone] == [row["codes"] for row in magnified[1]]
-    _, first = magnify(replace(config, num_pictures=1, seed=1), run_root)
+    _, first = magnify(replace(config, num_pictures=1, seed=1), tmp_path / "first")
     assert first[0]["codes"] != alone[0]["codes"]
-    _, raster = magnify(replace(config, order="raster"), run_root)
+    _, raster = magnify(replace(config, order="raster"), tmp_path / "raster")
     assert [row["codes"] for row in raster] != [row["codes"] for row in alone]
 
 
-def test_what_was_magnified_can_be_magnified_again(config: Config, magnified, run_root: Path) -> None:
+def test_what_was_magnified_can_be_magnified_again(config: Config, magnified, tmp_path: Path) -> None:
     done, _ = magnified
-    _, rows = magnify(replace(config, samples=done.output, num_pictures=1), run_root)
+    _, rows = magnify(replace(config, samples=done.output, num_pictures=1), tmp_path)
     assert (rows[0]["height"], len(rows[0]["codes"])) == (4 * GRID, 16 * GRID * GRID)
 
 
-def test_picture_files_of_any_shape_are_magnified(config: Config, tmp_path: Path, run_root: Path) -> None:
+def test_picture_files_of_any_shape_are_magnified(config: Config, tmp_path: Path) -> None:
     for number, (scene, size) in enumerate(zip(corpus(0, 3), ((40, 61), (120, 90), (8, 8)), strict=True)):
         draw_scene(scene.scene, image_size=128).resize(size).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"{scene.english}\n")
     (tmp_path / "3.png").write_bytes(b"<html>")
     (tmp_path / "3.txt").write_text("not a picture\n")
     draw_scene(scene.scene, image_size=64).save(tmp_path / "4.png")
-    display = QuietDisplay()
-    pictures = replace(config, samples=None, pictures=tmp_path, short_side=32)
-    done = run_job(JOB, pictures, root=run_root, display=display)
-    rows = pq.read_table(done.output / "samples.parquet").to_pylist()
+    run, rows = magnify(replace(config, samples=None, pictures=tmp_path, short_side=32), tmp_path / "output")
     assert [(row["source"], row["height"], row["width"]) for row in rows] == [("0.png", 12, 8), ("1.png", 8, 10)]
-    assert Image.open(done.output / rows[0]["path"]).size == (64, 96)
-    left_out = [line for line in display.lines if line.startswith("left out")]
+    assert Image.open(run.output / rows[0]["path"]).size == (64, 96)
+    left_out = [line for line in run.lines if line.startswith("left out")]
     assert left_out == [
         "left out: 2.png (smaller than the squares that the model reads)",
         "left out: 3.png (image_is_html)",
@@ -132,19 +133,17 @@ def test_picture_files_of_any_shape_are_magnified(config: Config, tmp_path: Path
     ]
 
 
-def test_what_cannot_be_magnified_is_refused(
-    config: Config, folders: TrainedFolders, tmp_path: Path, run_root: Path
-) -> None:
+def test_what_cannot_be_magnified_is_refused(config: Config, folders: TrainedFolders, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not for super-resolution"):
-        magnify(replace(config, checkpoint=folders.checkpoint), run_root)
-    with pytest.raises(ConfigError, match="no whole samples.parquet"):
-        magnify(replace(config, samples=folders.text_tokenizer), run_root)
+        magnify(replace(config, checkpoint=folders.checkpoint), tmp_path)
+    with pytest.raises(ConfigError, match="no whole samples"):
+        magnify(replace(config, samples=folders.text_tokenizer), tmp_path)
     with pytest.raises(ConfigError, match="name the output folder of generate"):
-        magnify(replace(config, samples=None), run_root)
+        magnify(replace(config, samples=None), tmp_path)
     table = pq.read_table(config.samples / "samples.parquet").to_pylist()
     pq.write_table(pa.Table.from_pylist([{**table[0], "codes": [99] * 16}]), tmp_path / "samples.parquet")
     with pytest.raises(VocabularyError, match="has the code 99, but the image tokenizer has 32 codes"):
-        magnify(replace(config, samples=tmp_path), run_root)
+        magnify(replace(config, samples=tmp_path), tmp_path)
     with pytest.raises(ConfigError, match="both given"):
         replace(config, pictures=tmp_path)
     with pytest.raises(ConfigError, match="batch_size=0"):
@@ -163,8 +162,6 @@ def test_what_is_not_given_is_what_was_made_last(config: Config, tmp_path: Path)
 
 
 def test_the_sampler_of_the_release_can_be_had(config: Config, folders: TrainedFolders) -> None:
-    from pipelines.super_resolve import load_magnifier
-
     imported = replace(config, checkpoint=folders.checkpoint, layout="super_resolution_released", keeps_position=True)
     magnifier = load_magnifier(imported)
     assert isinstance(magnifier, Magnifier)
