@@ -45,6 +45,7 @@ class Config:
     tokens: rows with pictures of 2 `side` x 2 `side` codes, and besides of `side` x `side`; without them, squares of
     `scenes` are drawn. side: codes along the squares that the model reads when it magnifies.
     layout: "paper", or "released" with POS0 behind ROI2, as the released weights want it.
+    length: tokens of a full row before the shift; 0 takes as much text as in pretraining.
     text_loss_weight: of the labels whose input is not an image code.
     activation_checkpointing: trade time for memory.
     num_validation_rows: held-out rows scored during training; the first of them are drawn with each score.
@@ -57,6 +58,7 @@ class Config:
     side: int = 16
     layout: LayoutName = "paper"
     scenes: SceneSquares | None = None
+    length: int = 0
     text_loss_weight: float = 1.0
     dropout: float = 0.1
     loop: LoopConfig
@@ -76,6 +78,7 @@ class Config:
 # of the 16 GPUs on which every finetune of the paper took less than a day, and a tenth of the pretraining's rate.
 PAPER = Config(
     side=16,  # 128 pixels -> 256 pixels
+    length=1345,  # the release's: 1089 of pretraining, and 256 codes; leaves 57 for the text
     loop=LoopConfig(
         num_steps=20_000,
         global_batch_size=192,
@@ -92,6 +95,7 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
+        length=0,
         side=4,  # 32 pixels -> 64 pixels, of pictures that are magnified from 64 to 128
         scenes=SceneSquares(),
         loop=LoopConfig(
@@ -163,6 +167,7 @@ def settings_of(config: Config, *, tokens: Path, output: Path) -> Finetuning:
         task=TASK_OF[config.layout],
         loop=config.loop,
         output=output,
+        length=config.length,
         text_loss_weight=config.text_loss_weight,
         is_compiled=config.is_compiled,
         num_validation_rows=config.num_validation_rows,
