@@ -69,6 +69,7 @@ def config(folders: TrainedFolders, finetuned: Path, samples: Path) -> Config:
         image_tokenizer=folders.image_tokenizer,
         samples=samples,
         batch_size=2,
+        threads=1,
     )
 
 
