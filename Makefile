@@ -41,7 +41,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,11 @@ super-resolve: $(READY) ## Draw pictures at twice the size: those drawn last, or
 
 serve: $(READY) ## Serve the model trained last on a web page, on 127.0.0.1 [PRESET=smoke] [ARGS="--port 8080"]
 	@$(BIN)/python -m pipelines serve smoke --root runs/$(call quoted,PRESET) $(ARGS)
+
+finetune-fashion: $(READY) ## One domain in high resolution, with a VQGAN: DATA=/folder [CAPTIONS=zh,en] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines road fashion_$(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) && \
+	    $(BIN)/python -m pipelines finetune_fashion $(call quoted,PRESET) --root runs/fashion_$(call quoted,PRESET) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \

@@ -102,12 +102,12 @@ SMOKE = replace(
     activation_checkpointing=False,
     text_loss_weight=0.0,
     loop=LoopConfig(
-        num_steps=300,
+        num_steps=120,  # twice through 1,000 pictures; many styles together need as many times more
         global_batch_size=16,
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=100,
-        checkpoint_every=100,
+        validate_every=60,
+        checkpoint_every=60,
     ),
     sampling=SamplingConfig(top_k=12),  # of 512 codes, as the release keeps 200 of 8192
     device="cpu",

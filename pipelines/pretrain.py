@@ -7,34 +7,26 @@ Time:    smoke: about 5 minutes on two cores
 Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cogview.config import input_field, runtime_field
-from cogview.errors import ConfigError
-from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
-from cogview.sampling.choice import SamplingConfig
-from cogview.sampling.text_to_image import TextToImage
 from cogview.sequences.batch import SequenceConfig
-from cogview.sequences.layout import TASKS
-from cogview.tokenizers.dvae import DVAETokenizer
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
-from pipelines.tasks.language_model import Inputs, LanguageModelTask, Parts, TaskConfig, require_inputs
-
-LAYOUT = TASKS["text_to_image"]
+from pipelines.tasks.language_model import Inputs, LanguageModelTask, TaskConfig, require_inputs
+from pipelines.tasks.new_weights import LAYOUT, draw_samples, fitted, row_length, start_from_codebook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +102,8 @@ def main(config: Config, run: JobRun) -> None:
     settings = TaskSettings(config=config, output=run.output, inputs=require_inputs(config))
     parts = settings.inputs.load()
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
-    layers, weights = config.model.num_layers, count_weights(config, parts)
-    run.say(f"{len(parts.train):,} rows, {layers} layers, {weights:,} parameters")
+    weights = count_parameters(fitted(config.model, parts, max_text=config.max_text))
+    run.say(f"{len(parts.train):,} rows, {config.model.num_layers} layers, {weights:,} parameters")
     job = TrainingJob(
         build=build_task,
         config=settings,
@@ -133,7 +125,7 @@ def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
     model, length = config.model, config.model.max_positions
     if config.tokens and config.text_tokenizer and config.image_tokenizer:
         parts = require_inputs(config).load()
-        model, length = model_config(config, parts), row_length(config, parts)
+        model, length = fitted(model, parts, max_text=config.max_text), row_length(parts, max_text=config.max_text)
     return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
 
 
@@ -150,13 +142,13 @@ def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
     """A new GPT as a task for the training loop; runs on each worker."""
     config, parts = settings.config, settings.inputs.load()
     torch.manual_seed(config.loop.seed)
-    gpt = GPT(model_config(config, parts))
+    gpt = GPT(fitted(config.model, parts, max_text=config.max_text))
     if config.embeddings_from_codebook:
         start_from_codebook(gpt, parts)
     if config.is_compiled:
         gpt.compile_layers()
     sequence = SequenceConfig(
-        length=row_length(config, parts),
+        length=row_length(parts, max_text=config.max_text),
         text_loss_weight=config.text_loss_weight,
         is_image_fixed=config.is_image_fixed,
     )
@@ -169,59 +161,6 @@ def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
         look=partial(draw_samples, number=config.num_samples),
     )
     return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
-
-
-def model_config(config: Config, parts: Parts) -> GPTConfig:
-    """The model's config with the vocabulary and positions that the tokens need."""
-    vocabulary = parts.vocabulary
-    regions = replace(
-        config.model.sparse, num_image_ids=len(vocabulary.image_ids), padding_id=vocabulary.command("PAD")
-    )
-    return replace(config.model, vocab_size=vocabulary.size, max_positions=row_length(config, parts), sparse=regions)
-
-
-def row_length(config: Config, parts: Parts) -> int:
-    """Tokens of a full row before the shift: the longest text, the image, and the layout's command tokens."""
-    return config.max_text + parts.train.grid**2 + LAYOUT.overhead()
-
-
-def count_weights(config: Config, parts: Parts) -> int:
-    """Weights of the model."""
-    return count_parameters(model_config(config, parts))
-
-
-@torch.no_grad()
-def start_from_codebook(gpt: GPT, parts: Parts) -> None:
-    """Set the embeddings of image codes to a random projection of their vectors, at the usual scale.
-
-    The codebook's geometry is kept (Johnson and Lindenstrauss), so what is learned of one code is learned of its like.
-    """
-    if isinstance(parts.image_tokenizer, DVAETokenizer):
-        raise ConfigError("embeddings_from_codebook: DALL-E's tokenizer has no codebook; leave this off")
-    vectors_KD = parts.image_tokenizer.codebook.codebook_KD
-    centred_KD = vectors_KD - vectors_KD.mean(dim=0)
-    projected_KE = centred_KD @ torch.randn(vectors_KD.shape[1], gpt.config.hidden_size)
-    ids = parts.vocabulary.image_ids
-    gpt.word_embeddings.weight[ids.start : ids.stop] = projected_KE / projected_KE.std() * gpt.config.init_std
-
-
-def draw_samples(task: LanguageModelTask, step: int, *, number: int) -> Mapping[str, Any]:
-    """Pictures for captions spread over the held-out rows, always the same ones with the same seeds."""
-    held_out = task.parts.validation
-    captions = held_out.rows(task.spread_rows(number)).texts
-    painter = TextToImage(
-        model=task.gpt,
-        text_tokenizer=task.parts.text_tokenizer,
-        image_tokenizer=task.parts.image_tokenizer.to(task.ranks.device),
-        vocabulary=task.parts.vocabulary,
-        grid=held_out.grid,
-        length=task.config.sequence.length,
-        is_image_fixed=task.config.sequence.is_image_fixed,
-    )
-    codes_Bhw = painter.codes(captions, seeds=list(range(len(captions))), sampling=SamplingConfig())
-    pictures = to_pictures(painter.decode(codes_Bhw))
-    tiles = [Tile(images=(picture,), caption=text) for picture, text in zip(pictures, captions, strict=True)]
-    return task.save_sheet(draw_sheet(tiles), step)
 
 
 JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)

@@ -78,9 +78,24 @@ def compose(preset: str) -> Config:
     )
 
 
+def compose_fashion(preset: str, *, image_size: int) -> Config:
+    """The road as far as finetune_fashion needs it: pictures of a size of its own, and a VQGAN for their tokens."""
+    base, tokenizer = compose(preset), {"paper": "fashion", "smoke": "fashion_smoke"}[preset]
+    return replace(
+        base,
+        until="tokenize_pairs",
+        import_pairs=replace(base.import_pairs, image=replace(base.import_pairs.image, image_size=image_size)),
+        scrape_pairs=replace(base.scrape_pairs, image=replace(base.scrape_pairs.image, image_size=image_size)),
+        train_image_tokenizer=image_training.PRESETS[tokenizer],
+        tokenize_pairs=replace(base.tokenize_pairs, image_size=image_size),
+    )
+
+
 PRESETS: dict[str, Config] = {
     "paper": compose("paper"),
     "smoke": compose("smoke"),
+    "fashion_paper": compose_fashion("paper", image_size=800),  # 50 x 50 codes
+    "fashion_smoke": compose_fashion("smoke", image_size=256),  # 16 x 16 codes of a VQGAN trained on 64 x 64 pixels
 }
 
 

@@ -1,6 +1,7 @@
 """Style learning on small real pictures: what is trained, written and drawn, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 
 from cogview.errors import ConfigError
-from cogview.models.lora import ADAPTERS_NAME, LoRAConfig, count_adapters
+from cogview.models.lora import ADAPTER_SETTINGS_NAME, ADAPTERS_NAME, LoRAConfig, count_adapters
 from cogview.models.published import load_model
 from cogview.scenes.scene import corpus, draw_scene
 from cogview.shards.reader import TokenShards
 from cogview.training.checkpoints import STATE_NAME
+from pipelines import merge_adapters
 from pipelines.finetune_style import JOB, PRESETS, Config, plan, resolve
 from pipelines.runtime.jobs import Finished, run_job
 from pipelines.tasks.style_rows import StyleData, write_style_rows
@@ -171,3 +173,15 @@ def test_the_sheet_shows_each_object_in_each_style(finished: Finished) -> None:
     width, height = Image.open(finished.output / "styles.png").size
     assert width > 3 * 160
     assert height > 2 * 160
+
+
+@pytest.mark.ray
+def test_adapters_alone_are_merged_into_the_same_model(finished: Finished, config: Config, run_root: Path) -> None:
+    adapters = run_root / "sent"
+    adapters.mkdir(parents=True)
+    for name in (ADAPTERS_NAME, ADAPTER_SETTINGS_NAME):
+        shutil.copy(finished.output / name, adapters / name)
+    asked = merge_adapters.Config(checkpoint=config.checkpoint, adapters=adapters)
+    merged = run_job(merge_adapters.JOB, asked, root=run_root, display=QuietDisplay())
+    first, second = load_model(finished.output)[0].state_dict(), load_model(merged.output)[0].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cogview.errors import ConfigError
+from cogview.tokenizers.adversarial import VQGANTraining
 from pipelines import road
 from pipelines.road import PRESETS, plan_stages
 from pipelines.runtime.chain import ChainStage
@@ -33,7 +34,7 @@ def table(tmp_path: Path, image: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["paper", "smoke"])
 def test_every_preset_walks_from_pairs_to_scores_and_every_stage_reads_earlier_ones(preset: str) -> None:
     stages = plan_stages(PRESETS[preset])
     assert names(stages) == [
@@ -49,6 +50,15 @@ def test_every_preset_walks_from_pairs_to_scores_and_every_stage_reads_earlier_o
     for position, stage in enumerate(stages):
         assert set(stage.reads.values()) <= set(names(stages[:position]))
         assert all(getattr(stage.config, field) is None for field in stage.reads)
+
+
+@pytest.mark.parametrize(("preset", "grid"), [("fashion_paper", 50), ("fashion_smoke", 16)])
+def test_fashion_goes_as_far_as_the_tokens_of_a_vqgan(preset: str, grid: int) -> None:
+    stages = {stage.job.name: stage.config for stage in plan_stages(PRESETS[preset])}
+    assert list(stages)[-1] == "tokenize_pairs"
+    model = stages["train_image_tokenizer"].model
+    assert isinstance(model, VQGANTraining)
+    assert stages["tokenize_pairs"].image_size == grid * model.stride == stages["scrape_pairs"].image.image_size
 
 
 def test_a_folder_of_pictures_is_imported_and_its_own_captions_are_drawn(pictures: Path) -> None:
