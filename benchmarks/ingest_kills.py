@@ -325,7 +325,7 @@ def drive(inputs: Path, root: Path, *, jobs: Sequence[str]) -> int:
         ),
         "import_pairs": lambda: (
             import_pairs.JOB,
-            import_pairs.Config(data=inputs / "pictures", shard_size=SHARD_SIZE, image=image),
+            import_pairs.Config(data=(str(inputs / "pictures"),), shard_size=SHARD_SIZE, image=image),
         ),
         "filter_pairs": lambda: (
             filter_pairs.JOB,

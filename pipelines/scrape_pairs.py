@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,6 +37,7 @@ from cogview.records.providers import PROVIDERS
 from cogview.records.queries import Search, read_queries, search
 from cogview.records.retrying import RETRYABLE_REASONS, merge_outcomes, read_statuses, rows_to_retry
 from cogview.records.scraping import scrape_pairs
+from cogview.records.site_rules import KnownRules
 from cogview.records.sources import find_tables
 from cogview.records.tables import inspect_table, read_table, require_captions
 from cogview.records.tars import read_pairs
@@ -54,6 +55,7 @@ CPU_SECONDS = 0.006  # of an image of 0.2 megapixels, measured; a plan's estimat
 # A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
 DEMO_HOST = "demo.cogview.test"
 DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
+WRITTEN_AT_ONCE = 32  # outcomes between two runs of a worker's event loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +280,8 @@ def plan_shards(candidates: Path) -> list[ShardTask]:
 def scrape_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:
     """On a worker: fetch one shard's candidates and write its files."""
     candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
-    outcomes = in_step(_outcomes(enumerate(candidates), shard=task.shard, config=config, fetch=fetch))
+    rows = enumerate(candidates)
+    outcomes = in_step(_outcomes(rows, shard=task.shard, output=output, config=config, fetch=fetch))
     counts = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes, open_file=atomic_file)
     return shard_entry(
         output, task, rows_in=len(candidates), rows_out=counts.ok, rejected=counts.failed, files=counts.files
@@ -297,7 +300,7 @@ def retry_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSe
 
     def fetched() -> Iterator[TextImagePair | Failure]:
         nonlocal recovered
-        for outcome in in_step(_outcomes(again, shard=task.shard, config=config, fetch=fetch)):
+        for outcome in in_step(_outcomes(again, shard=task.shard, output=output, config=config, fetch=fetch)):
             recovered += isinstance(outcome, TextImagePair)
             yield outcome
 
@@ -316,24 +319,34 @@ def retry_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSe
 
 
 def in_step(outcomes: AsyncIterator[TextImagePair | Failure]) -> Iterator[TextImagePair | Failure]:
-    """The items of an async iterator, for a writer that is not async: the event loop runs while the next is awaited."""
+    """The items of an async iterator, for a writer that is not async: the loop runs while the next are awaited."""
 
-    async def step() -> TextImagePair | Failure | None:
-        return await anext(outcomes, None)
+    async def step() -> list[TextImagePair | Failure]:
+        batch: list[TextImagePair | Failure] = []
+        while len(batch) < WRITTEN_AT_ONCE and (outcome := await anext(outcomes, None)) is not None:
+            batch.append(outcome)
+        return batch
 
     with asyncio.Runner() as runner:
-        while (outcome := runner.run(step())) is not None:
-            yield outcome
+        loop = runner.get_loop()  # the runner's own `run` sets signal handlers each time, which takes milliseconds
+        while batch := loop.run_until_complete(step()):
+            yield from batch
 
 
 async def _outcomes(
-    candidates: Iterable[tuple[int, Candidate]], *, shard: int, config: Config, fetch: FetchSettings
+    candidates: Iterable[tuple[int, Candidate]], *, shard: int, output: Path, config: Config, fetch: FetchSettings
 ) -> AsyncGenerator[TextImagePair | Failure, None]:
-    async with Fetcher(fetch, opt_out=read_opt_out(config.opt_out)) as fetcher:
+    async with Fetcher(fetch, opt_out=read_opt_out(config.opt_out), known=known_rules(output)) as fetcher:
         pairs = scrape_pairs(candidates, shard=shard, fetcher=fetcher, settings=config.image)
         async with contextlib.aclosing(pairs):
             async for outcome in pairs:
                 yield outcome
 
 
-JOB = Job(name="scrape_pairs", version=2, products=("manifest.json", CANDIDATES_NAME), main=main)
+@lru_cache(maxsize=1)
+def known_rules(output: Path) -> KnownRules:
+    """What sites have said so far in this run, for all shards that a worker process makes."""
+    return KnownRules()
+
+
+JOB = Job(name="scrape_pairs", version=3, products=("manifest.json", CANDIDATES_NAME), main=main)

@@ -15,7 +15,6 @@ from typing import Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
 from yarl import URL
 
 from cogview.config import runtime_field
@@ -26,13 +25,13 @@ from cogview.records.pair import Unusable
 from cogview.records.responses import read_body, retry_after_s
 from cogview.records.robots import (
     ROBOTS_BYTES,
-    Reservations,
     RobotRules,
     parse_reservations,
     parse_robots,
     product_token,
     tag_forbids_training,
 )
+from cogview.records.site_rules import KnownRules, SiteRules
 from cogview.records.urls import (
     AddressPolicy,
     host_and_port,
@@ -108,23 +107,6 @@ class _Redirect:
     location: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteRules:
-    """What the site at one origin says about all of its URLs. ai: its ai.txt."""
-
-    robots: RobotRules
-    ai: RobotRules | None = None
-    reservations: Reservations = field(default_factory=Reservations)
-
-    def refuse(self, url: str) -> Unusable | None:
-        """Why this normalised URL of the site must be left alone, or None."""
-        if not self.robots.allows(url):
-            return Unusable("robots_disallowed")
-        if self.ai is not None and not self.ai.allows(url):
-            return Unusable("ai_txt_disallowed")
-        return Unusable("tdm_reserved", "tdmrep.json") if self.reservations.reserves(url) else None
-
-
 # What the client raises, first match first. Details stay out: they name ports and depend on timing.
 _OUTCOMES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Unusable | _Transient], ...] = (
     (aiohttp.ClientConnectorDNSError, Unusable("dns_failed")),
@@ -177,11 +159,17 @@ class PolicyResolver(AbstractResolver):
 
 
 class Fetcher:
-    """An open client; use it as an async context manager. One event loop, any number of tasks."""
+    """An open client; use it as an async context manager. One event loop, any number of tasks.
 
-    def __init__(self, settings: FetchSettings, *, opt_out: OptOut | None = None) -> None:
+    known: what sites have told earlier fetchers of the same settings; this one's findings are added.
+    """
+
+    def __init__(
+        self, settings: FetchSettings, *, opt_out: OptOut | None = None, known: KnownRules | None = None
+    ) -> None:
         self.settings = settings
         self.opt_out = opt_out or OptOut()
+        self._known = known or KnownRules()
         self._product = product_token(settings.user_agent)
         self._rules: dict[str, asyncio.Task[SiteRules | Unusable]] = {}
         self._hosts: dict[str, HostGate] = {}
@@ -240,6 +228,13 @@ class Fetcher:
         return await asyncio.shield(self._rules[origin])
 
     async def _load_rules(self, origin: str) -> SiteRules | Unusable:
+        rules = self._known.find(origin) or await self._ask_rules(origin)
+        if isinstance(rules, SiteRules):
+            self._known.add(origin, rules)
+            self._gate(origin).slow_down(rules.robots.crawl_delay)
+        return rules
+
+    async def _ask_rules(self, origin: str) -> SiteRules | Unusable:
         robots = await self._load_robots(origin)
         if isinstance(robots, Unusable):
             return robots
@@ -305,20 +300,19 @@ class Fetcher:
     async def _attempts(
         self, url: str, *, cap: int, truncate: bool, on_large: OnLarge
     ) -> Fetched | Unusable | _Redirect:
-        retrying = AsyncRetrying(
-            retry=retry_if_result(lambda result: isinstance(result, _Transient)),
-            stop=stop_after_attempt(self.settings.max_attempts),
-            wait=self._pause,
-            retry_error_callback=_last_result,
-        )
-        result: Fetched | Unusable | _Redirect | _Transient = await retrying(
-            self._attempt, url, cap=cap, truncate=truncate, on_large=on_large
-        )
-        return result.outcome if isinstance(result, _Transient) else result
+        attempt = 1
+        while True:
+            result = await self._attempt(url, cap=cap, truncate=truncate, on_large=on_large)
+            if not isinstance(result, _Transient):
+                return result
+            if attempt == self.settings.max_attempts:
+                return result.outcome
+            await asyncio.sleep(self._pause(attempt, asked=result.wait_s))
+            attempt += 1
 
-    def _pause(self, state: RetryCallState) -> float:
-        asked = state.outcome.result().wait_s if state.outcome is not None else None
-        pause = 0.5 * 2.0**state.attempt_number if asked is None else asked
+    def _pause(self, attempt: int, *, asked: float | None) -> float:
+        """Seconds until the next attempt: what the server asked for, or twice as long each time."""
+        pause = 0.5 * 2.0**attempt if asked is None else asked
         return min(max(pause, 0.1), self.settings.max_wait_s)
 
     async def _attempt(
@@ -371,10 +365,6 @@ def _resolved(host: str, address: str, port: int) -> ResolveResult:
     return ResolveResult(
         hostname=host, host=address, port=port, family=family, proto=socket.IPPROTO_TCP, flags=socket.AI_NUMERICHOST
     )
-
-
-def _last_result(state: RetryCallState) -> object:
-    return state.outcome.result() if state.outcome is not None else None
 
 
 def _outcome_of(error: Exception) -> Unusable | _Transient:

@@ -1,17 +1,23 @@
-"""Candidates with URLs in, pairs or failures out, in the same order: fetch, decode and encode anew in one process."""
+"""Candidates with URLs in, pairs or failures out, in the same order: fetch, decode and encode anew in one process.
+
+One event loop fetches, and few threads beside it decode: more of them would only wait for each other and for the loop.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 
 from cogview.records.candidates import Candidate
-from cogview.records.fetch import Fetcher
+from cogview.records.fetch import Fetched, Fetcher
 from cogview.records.images import ImageSettings
 from cogview.records.opt_out import OPTED_OUT
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.pair_shards import pair_key, store_pair
 
+DECODERS = 2  # threads: one works while the other waits for the event loop to let go of the interpreter
 _AHEAD = 4  # rows begun for each connection, so that one slow host does not hold up the others
 
 
@@ -24,32 +30,39 @@ async def scrape_pairs(
     """
     waiting: deque[asyncio.Task[TextImagePair | Failure]] = deque()
     ahead = _AHEAD * max(1, fetcher.settings.connections // fetcher.settings.sharers)
-    try:
-        for row, candidate in candidates:
-            key = pair_key(shard, row)
-            waiting.append(asyncio.create_task(_scrape_one(candidate, key=key, fetcher=fetcher, settings=settings)))
-            if len(waiting) >= ahead:
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as decoders:
+        scrape_one = partial(_scrape_one, fetcher=fetcher, settings=settings, decoders=decoders)
+        try:
+            for row, candidate in candidates:
+                waiting.append(asyncio.create_task(scrape_one(candidate, key=pair_key(shard, row))))
+                if len(waiting) >= ahead:
+                    yield await waiting.popleft()
+            while waiting:
                 yield await waiting.popleft()
-        while waiting:
-            yield await waiting.popleft()
-    finally:
-        for task in waiting:
-            task.cancel()
+        finally:
+            for task in waiting:
+                task.cancel()
 
 
 async def _scrape_one(
-    candidate: Candidate, *, key: str, fetcher: Fetcher, settings: ImageSettings
+    candidate: Candidate, *, key: str, fetcher: Fetcher, settings: ImageSettings, decoders: Executor
 ) -> TextImagePair | Failure:
     if not candidate.captions:  # nothing to learn from it, so its site is not asked
         return Failure(key=key, source=candidate.source, reason="caption_missing")
     async with AsyncExitStack() as hold:
-        return await _fetch_and_store(candidate, key=key, fetcher=fetcher, settings=settings, hold=hold)
+        answer = await fetcher.fetch(candidate.source, hold=hold)
+        return await _store(answer, candidate, key=key, fetcher=fetcher, settings=settings, decoders=decoders)
 
 
-async def _fetch_and_store(
-    candidate: Candidate, *, key: str, fetcher: Fetcher, settings: ImageSettings, hold: AsyncExitStack
+async def _store(
+    answer: Fetched | Unusable,
+    candidate: Candidate,
+    *,
+    key: str,
+    fetcher: Fetcher,
+    settings: ImageSettings,
+    decoders: Executor,
 ) -> TextImagePair | Failure:
-    answer = await fetcher.fetch(candidate.source, hold=hold)
     if isinstance(answer, Unusable):
         return Failure(key=key, source=candidate.source, reason=answer.reason, detail=answer.detail)
     if fetcher.opt_out.has_image(answer.body):
@@ -61,7 +74,7 @@ async def _fetch_and_store(
         source=candidate.source,
         extra=candidate.extra,
     )
-    stored = await asyncio.to_thread(store_pair, pair, settings)
+    stored = await asyncio.get_running_loop().run_in_executor(decoders, store_pair, pair, settings)
     if isinstance(stored, TextImagePair) and stored.extra["sha256"] in fetcher.opt_out.sha256:
         return Failure(key=key, source=candidate.source, reason=OPTED_OUT, detail="by the sha256 of its image")
     return stored

@@ -159,6 +159,17 @@ def test_fitting_scales_down_and_never_up() -> None:
     assert fit_image(wide, image_size=0).size == (400, 200)
 
 
+@pytest.mark.parametrize("size", [(500, 333), (333, 500), (257, 2000), (300, 900)])
+def test_fitting_is_lanczos_as_pillow_does_it(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)  # frequencies as of a photo, and beyond
+    fitted = fit_image(image, image_size=100)
+    reference = image.resize(fitted.size, Image.Resampling.LANCZOS)
+    difference = np.asarray(fitted).astype(int) - np.asarray(reference).astype(int)
+    assert 10 * np.log10(255**2 / max(1e-9, np.mean(difference**2))) > 50  # dB; rounded between the passes
+    assert fitted.mode == "RGB"
+
+
 def test_a_large_jpeg_keeps_its_size_after_draft_decoding() -> None:
     stored = store_image(encode(RED_TO_BLUE.resize((1920, 1280)), "JPEG"), ImageSettings(image_size=64))
     assert not isinstance(stored, Unusable)
