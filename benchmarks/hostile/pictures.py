@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ def photo(width: int = 320, height: int = 200, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.stack([(wave + 2) * 63 for wave in waves], -1).astype(np.uint8))
 
 
-def pictures() -> list[tuple[Case, bytes]]:
-    """Every bad picture, and every strange one that is good."""
+@cache
+def pictures(*, large: bool = True) -> list[tuple[Case, bytes]]:
+    """Every bad picture, and every strange one that is good. large: also those that take time and memory."""
     good, jpeg, noise = encode(photo()), encode(photo(), "JPEG"), np.random.default_rng(0).bytes(5_000_000)
     return [
         *_bombs(),
@@ -64,6 +66,12 @@ def pictures() -> list[tuple[Case, bytes]]:
         *(_fine(f"an animated {kind}", _animation(kind, frames=3)) for kind in ("GIF", "WEBP", "PNG")),
         _fine("a GIF of 10,000 frames", _long_gif(10_000)),
         *(_fine(f"EXIF orientation {number}", _turned(number)) for number in (2, 6, 8)),
+        *(_large() if large else ()),
+    ]
+
+
+def _large() -> list[tuple[Case, bytes]]:
+    return [
         _fine("39 megapixels of one colour", encode(Image.new("RGB", (6500, 6000), "blue"), compress_level=9)),
         _fine("39 megapixels of glass", _glass("PNG", 6500, 6000)),
         _bad("a WebP of 39 megapixels", _glass("WEBP", 6500, 6000), "image_too_many_pixels"),

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -69,9 +70,9 @@ class Site:
 class HostileSite:
     """Serves `site_answers`, and the same over TLS with a certificate that nobody signed, while it is entered."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, large: bool = True) -> None:
         self._folder = folder
-        self._answers = site_answers()
+        self._answers = site_answers(large=large)
         self._asked: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -128,11 +129,11 @@ class HostileSite:
             writer.close()
 
 
-def site_answers() -> dict[str, Answer]:
+def site_answers(*, large: bool) -> dict[str, Answer]:
     """What the site says, by path or by host and path; everything else is a 404."""
     body = encode(photo())
     answers: dict[str, Answer] = {path: answer for path, answer, *_ in _responses()}
-    answers |= {f"/picture/{number}": reply(data) for number, (_, data) in enumerate(pictures())}
+    answers |= {f"/picture/{number}": reply(data) for number, (_, data) in enumerate(pictures(large=large))}
     answers |= {
         GOOD: reply(body),
         "noai.test/robots.txt": reply(b"\xef\xbb\xbfUser-agent: CogViewBot\r\nDisallow: /*.png$\r\n"),
@@ -144,8 +145,8 @@ def site_answers() -> dict[str, Answer]:
     return answers | {f"/chain/{number}": _moved(f"/chain/{number + 1}") for number in range(11)}
 
 
-def web_cases() -> list[Case]:
-    """Every URL that is asked for, with what must become of it."""
+def web_cases(*, large: bool = True) -> list[Case]:
+    """Every URL that is asked for, with what must become of it. large: pictures that take time and memory, too."""
     base = f"http://{HOST}"
     cases = [_case("addresses", url, url, *_INSIDE_REASONS) for url in INSIDE if "rebinds" not in url]
     cases.append(_case("addresses", "rebinding", "http://rebinds.lies.test/x", *_REBINDING))
@@ -155,7 +156,7 @@ def web_cases() -> list[Case]:
     cases += [_case("policy", url, url, reason) for url, reason in _POLICIES]
     cases += [
         Case(topic="pictures", name=case.name, given=f"{base}/picture/{number}", expected=case.expected)
-        for number, (case, _) in enumerate(pictures())
+        for number, (case, _) in enumerate(pictures(large=large))
     ]
     return cases
 
@@ -219,6 +220,7 @@ def _moved(location: str) -> bytes:
     return reply(status="302 Found", Location=location)
 
 
+@cache
 def _responses() -> list[tuple[str, Answer, *tuple[str, ...]]]:
     """(path, answer, reasons) of everything that a server may do instead of sending a picture."""
     good, bomb = encode(photo()), gzip.compress(bytes(300_000_000), 1)
