@@ -27,10 +27,11 @@ from cogview.config import digest_of, input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.filters.funnel import host_of
 from cogview.records.candidates import Candidate, count_candidates, read_candidates, write_candidates
-from cogview.records.crawl import Crawl, crawl
+from cogview.records.crawl import NO_LIMIT, Crawl, crawl
 from cogview.records.fetch import Fetcher, FetchSettings
 from cogview.records.images import ImageSettings
 from cogview.records.opt_out import read_opt_out
+from cogview.records.pages import DEFAULT_WORDS, Words
 from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import MAX_SHARD_ROWS, write_pair_shard
 from cogview.records.providers import PROVIDERS
@@ -62,7 +63,8 @@ WRITTEN_AT_ONCE = 32  # outcomes between two runs of a worker's event loop
 class Config:
     """What to scrape (one of demo, pages, table, queries, retry) and how.
 
-    pages: addresses to start from, whose sites are walked for at most `max_pages` pages;
+    pages: addresses of pages or sitemaps to start from, whose sites are walked for at most `max_pages` pages and
+    `max_depth` links (`sitemaps`: begin with those that robots.txt names, too; `words`: where captions may come from);
     table: image URLs and captions, as files, folders, patterns or remote addresses (`image_column` and `caption_fields`
     if they have unusual names, `extra_columns` to keep besides those about author and licence);
     queries: lists of category<TAB>entity; each of the `providers` is asked for the first `per_query` images of each
@@ -80,6 +82,9 @@ class Config:
     caption_fields: tuple[str, ...] = ()
     extra_columns: tuple[str, ...] = ()
     max_pages: int = 10_000
+    max_depth: int = NO_LIMIT
+    sitemaps: bool = False
+    words: tuple[Words, ...] = DEFAULT_WORDS
     queries: tuple[str, ...] = input_field(default=())
     providers: tuple[str, ...] = tuple(PROVIDERS)
     per_query: int = 100
@@ -236,6 +241,9 @@ async def walk(config: Config, *, fetch: FetchSettings, run: JobRun) -> Crawl:
             fetcher,
             start,
             max_pages=config.max_pages,
+            max_depth=config.max_depth,
+            words=config.words,
+            sitemaps=config.sitemaps,
             on_page=lambda done, known: run.progress(done, known, "pages"),
         )
 

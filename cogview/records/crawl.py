@@ -5,18 +5,19 @@ read in the order in which they were linked, so that speed and luck change nothi
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from cogview.errors import ConfigError
 from cogview.records.candidates import Candidate
 from cogview.records.fetch import Fetched, Fetcher
-from cogview.records.pages import MAX_CAPTIONS, Page, read_page
+from cogview.records.pages import DEFAULT_WORDS, MAX_CAPTIONS, Page, Words, read_page
 from cogview.records.pair import Unusable
 from cogview.records.robots import product_token
 from cogview.records.urls import normalise_url, origin_of
 
+NO_LIMIT = 1_000_000
 _BATCH = 64  # pages of a level asked for at once; the fetcher's own limits are stricter
 
 
@@ -38,15 +39,25 @@ class Crawl:
 
 
 async def crawl(
-    fetcher: Fetcher, start: Sequence[str], *, max_pages: int, on_page: Callable[[int, int], None] | None = None
+    fetcher: Fetcher,
+    start: Sequence[str],
+    *,
+    max_pages: int,
+    max_depth: int = NO_LIMIT,
+    words: Collection[Words] = DEFAULT_WORDS,
+    sitemaps: bool = False,
+    on_page: Callable[[int, int], None] | None = None,
 ) -> Crawl:
-    """Walk the sites of the `start` pages, at most `max_pages` pages.
+    """Walk the sites of the `start` pages, or of sitemaps, at most `max_pages` pages.
 
-    on_page: called with (pages read, pages known). ConfigError if a start address cannot be used or fetched.
+    max_depth: links followed from a start page (0: the start pages alone; a sitemap's pages are a link away); words:
+    where captions may come from; sitemaps: also begin with those that the sites' robots.txt name; on_page: called with
+    (pages read, pages known). ConfigError if a start address cannot be used or fetched.
     """
     first = [_start_url(url) for url in start]
     sites = {origin_of(url) for url in first}
-    known = dict.fromkeys(first)
+    named = await _sitemaps_of(fetcher, sorted(sites)) if sitemaps else ()
+    known = dict.fromkeys((*first, *named), 0)
     images: dict[str, Candidate] = {}
     statuses: list[PageStatus] = []
     queue = list(known)
@@ -54,17 +65,31 @@ async def crawl(
         batch = queue[: min(_BATCH, max_pages - len(statuses))]
         queue = queue[len(batch) :]
         for url, answer in zip(batch, await asyncio.gather(*map(fetcher.fetch, batch)), strict=True):
-            page, status = _read(url, answer, fetcher)
+            page, status = _read(url, answer, fetcher, words=words)
             if url in first and isinstance(answer, Unusable):
                 raise ConfigError(f"pages: {url} cannot be read: {answer.reason} {answer.detail}".rstrip())
             statuses.append(status)
             _add_images(images, page, url)
-            new = [link for link in page.links if origin_of(link) in sites and link not in known]
-            known.update(dict.fromkeys(new))
+            deeper = known[url] + 1
+            links = page.links if deeper <= max_depth else ()
+            new = [link for link in links if origin_of(link) in sites and link not in known]
+            known.update(dict.fromkeys(new, deeper))
             queue.extend(new)
         if on_page is not None:
             on_page(len(statuses), min(len(known), max_pages))
     return Crawl(candidates=tuple(images.values()), pages=tuple(statuses))
+
+
+async def _sitemaps_of(fetcher: Fetcher, sites: Sequence[str]) -> list[str]:
+    """The sitemaps that robots.txt names, on whatever host: the site itself vouches for them."""
+    found: dict[str, None] = {}
+    for site in sites:
+        rules = await fetcher.rules_of(f"{site}/")
+        for url in () if isinstance(rules, Unusable) else rules.robots.sitemaps:
+            normalised = normalise_url(url, base=f"{site}/")
+            if isinstance(normalised, str):
+                found[normalised] = None
+    return list(found)
 
 
 def _start_url(url: str) -> str:
@@ -74,13 +99,15 @@ def _start_url(url: str) -> str:
     return normalised
 
 
-def _read(url: str, answer: Fetched | Unusable, fetcher: Fetcher) -> tuple[Page, PageStatus]:
+def _read(
+    url: str, answer: Fetched | Unusable, fetcher: Fetcher, *, words: Collection[Words]
+) -> tuple[Page, PageStatus]:
     if isinstance(answer, Unusable):
         return Page(), PageStatus(url=url, images=0, reason=answer.reason)
     if answer.content_type.lower().startswith(("image/", "video/", "audio/", "font/")):
         return Page(), PageStatus(url=url, images=0, reason="not_a_page")
     product = product_token(fetcher.settings.user_agent)
-    page = read_page(answer.body, url=answer.url, content_type=answer.content_type, product=product)
+    page = read_page(answer.body, url=answer.url, content_type=answer.content_type, product=product, words=words)
     return page, PageStatus(url=url, images=len(page.images), reason="robots_tag" if page.refuses else "")
 
 

@@ -1,11 +1,14 @@
 """One web page in; out come its images with the words that belong to them, and its links.
 
-A caption is what people wrote for the picture: the alternative text and the caption of the figure around it.
+A caption is what people wrote for the picture: the alternative text and the caption of the figure around it. Where the
+caller asks for more, also its title, and the words around it: news pages say there what their pictures show.
 """
 
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
@@ -14,6 +17,12 @@ from cogview.records.robots import tag_forbids_training
 from cogview.records.urls import normalise_url
 
 MAX_CAPTIONS = 16
+MAX_UNZIPPED = 20 * 2**20  # sitemaps.org allows 50 MB; those that come near it are split in practice
+Words = Literal["alt", "figcaption", "title", "surrounding", "page"]
+DEFAULT_WORDS: tuple[Words, ...] = ("alt", "figcaption", "page")  # page: og: tags and title, for its own picture
+_MAX_SURROUNDING = 300  # characters
+_MAX_RISE = 4  # elements around a picture
+_UNREAD_TYPES = frozenset({"image/avif", "image/jxl", "image/svg+xml", "image/heic"})
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 _SRCSET_ITEM = re.compile(r"(\S*[^\s,])(?:\s+([\d.]+)([wx]))?\s*(?:,|$)")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".svg", ".ico", ".bmp", ".css", ".js", ".zip", ".pdf")
@@ -39,8 +48,14 @@ class Page:
     refuses: bool = False
 
 
-def read_page(body: bytes, *, url: str, content_type: str = "", product: str = "") -> Page:
-    """Read an HTML page or a sitemap that came from `url`. Broken markup gives what can be made out."""
+def read_page(
+    body: bytes, *, url: str, content_type: str = "", product: str = "", words: Collection[Words] = DEFAULT_WORDS
+) -> Page:
+    """Read an HTML page or a sitemap, gzipped or not, that came from `url`. Broken markup gives what can be made out.
+
+    words: where captions may come from.
+    """
+    body = _unzipped(body)
     tree = LexborHTMLParser(_decode(body, content_type))
     if tree.css_first("urlset > url > loc, sitemapindex > sitemap > loc") is not None:
         return Page(links=_links((node.text() for node in tree.css("loc")), base=url))
@@ -54,19 +69,48 @@ def read_page(body: bytes, *, url: str, content_type: str = "", product: str = "
     reserved = any(name == "tdm-reservation" and value.strip() == "1" for name, value in _metas(tree))
     if reserved or tag_forbids_training(robots, product=product):
         return Page(links=links, refuses=True)
-    return Page(images=_images(tree, base), links=links)
+    return Page(images=_images(tree, base, words), links=links)
 
 
-def _images(tree: LexborHTMLParser, base: str) -> tuple[PageImage, ...]:
+def _images(tree: LexborHTMLParser, base: str, words: Collection[Words]) -> tuple[PageImage, ...]:
     found: dict[str, tuple[str, ...]] = {}
     for node in tree.css("img"):
         url = normalise_url(_best_source(node), base=base)
         if isinstance(url, str):
-            captions = clean_captions((_attribute(node, "alt"), *_figure_captions(node)))
+            captions = clean_captions(_words_of(node, words))
             found[url] = tuple(dict.fromkeys((*found.get(url, ()), *captions)))[:MAX_CAPTIONS]
-    if not any(found.values()):
+    if "page" in words and not any(found.values()):
         found.update(_shared_image(tree, base))
     return tuple(PageImage(url=url, captions=captions) for url, captions in found.items())
+
+
+def _words_of(node: LexborNode, words: Collection[Words]) -> Iterator[str]:
+    """The captions of a picture from the places that are asked for; the words around it only where it has no other."""
+    places: dict[Words, Callable[[], Iterable[str]]] = {
+        "alt": lambda: [_attribute(node, "alt")],
+        "figcaption": lambda: _figure_captions(node),
+        "title": lambda: [_attribute(node, "title")],
+    }
+    has_own = False
+    for place, texts in places.items():
+        for text in texts() if place in words else ():
+            has_own = has_own or bool(text.strip())
+            yield text
+    if "surrounding" in words and not has_own:
+        yield _surrounding(node)
+
+
+def _surrounding(node: LexborNode) -> str:
+    """The text of the smallest part of the page around a picture that has any, if it is short enough to be about it."""
+    parent = node.parent
+    for _ in range(_MAX_RISE):
+        if parent is None or parent.tag in ("body", "html", "main"):
+            return ""
+        text = " ".join(parent.text(separator=" ").split())
+        if text:
+            return text if len(text) <= _MAX_SURROUNDING else ""
+        parent = parent.parent
+    return ""
 
 
 def _shared_image(tree: LexborHTMLParser, base: str) -> dict[str, tuple[str, ...]]:
@@ -82,10 +126,12 @@ def _shared_image(tree: LexborHTMLParser, base: str) -> dict[str, tuple[str, ...
 
 
 def _best_source(node: LexborNode) -> str:
-    """The largest of what srcset offers, else src, else what lazy loaders keep for later."""
+    """The largest of what srcset offers, here or in the picture around it, else src, else what lazy loaders keep."""
+    sets = [_attribute(node, "srcset") or _attribute(node, "data-srcset"), *_sources_of_picture(node)]
     offers = [
         (float(size or 1.0), unit or "x", address)
-        for address, size, unit in _SRCSET_ITEM.findall(_attribute(node, "srcset"))
+        for offered in sets
+        for address, size, unit in _SRCSET_ITEM.findall(offered)
         if size.count(".") <= 1 and size != "."
     ]
     widths = [offer for offer in offers if offer[1] == "w"]
@@ -95,6 +141,15 @@ def _best_source(node: LexborNode) -> str:
     source = _attribute(node, "src")
     lazy = _attribute(node, "data-src")
     return lazy if lazy and (not source or source.startswith("data:")) else source
+
+
+def _sources_of_picture(node: LexborNode) -> list[str]:
+    """What the <source> elements of a <picture> offer in a format that is read here."""
+    picture = node.parent
+    if picture is None or picture.tag != "picture":
+        return []
+    sources = [source for source in picture.css("source") if _attribute(source, "type").lower() not in _UNREAD_TYPES]
+    return [_attribute(source, "srcset") for source in sources]
 
 
 def _figure_captions(node: LexborNode) -> list[str]:
@@ -127,6 +182,16 @@ def _base(tree: LexborHTMLParser, url: str) -> str:
 
 def _attribute(node: LexborNode, name: str) -> str:
     return node.attributes.get(name) or ""
+
+
+def _unzipped(body: bytes) -> bytes:
+    """A gzipped file, as sitemaps are served, unpacked up to MAX_UNZIPPED bytes; anything else as it is."""
+    if not body.startswith(b"\x1f\x8b"):
+        return body
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, MAX_UNZIPPED)
+    except zlib.error:
+        return b""
 
 
 def _decode(body: bytes, content_type: str) -> str:

@@ -1,4 +1,5 @@
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
@@ -62,6 +63,39 @@ def test_candidates_have_the_captions_of_all_pages() -> None:
 def test_a_page_budget_is_kept() -> None:
     found, _ = walk(max_pages=2)
     assert len(found.pages) == 2
+
+
+def test_links_are_followed_to_a_depth() -> None:
+    async def run(depth: int) -> list[str]:
+        async with serve(SITE) as site, Fetcher(site.settings()) as fetcher:
+            found = await crawl(fetcher, [START], max_pages=100, max_depth=depth)
+            return [page.url.removeprefix(START) for page in found.pages]
+
+    assert asyncio.run(run(0)) == [""]
+    assert asyncio.run(run(1)) == ["", "1.html", "2.html", "gone"]
+    assert asyncio.run(run(2)) == ["", "1.html", "2.html", "gone", "3.html"]
+
+
+def test_sitemaps_of_robots_lead_to_pages_that_nobody_links() -> None:
+    index = b"<sitemapindex><sitemap><loc>/map.xml.gz</loc></sitemap></sitemapindex>"
+    pages = (
+        b"<urlset><url><loc>http://site.test/lonely.html</loc></url><url><loc>http://else.test/</loc></url></urlset>"
+    )
+    answers = {
+        "/robots.txt": reply(b"User-agent: *\nSitemap: http://site.test/index.xml\n"),
+        "/index.xml": reply(index, headers={"Content-Type": "application/xml"}),
+        "/map.xml.gz": reply(gzip.compress(pages), headers={"Content-Type": "application/gzip"}),
+        "/": html("nothing"),
+        "/lonely.html": html('<img src="/a.png" alt="lonely">'),
+    }
+
+    async def run() -> Crawl:
+        async with serve(answers) as site, Fetcher(site.settings()) as fetcher:
+            return await crawl(fetcher, [START], max_pages=100, sitemaps=True)
+
+    found = asyncio.run(run())
+    assert [row.captions for row in found.candidates] == [("lonely",)]
+    assert [page.url.removeprefix(START) for page in found.pages] == ["", "index.xml", "map.xml.gz", "lonely.html"]
 
 
 def test_a_start_page_that_cannot_be_read_stops_the_run() -> None:

@@ -1,3 +1,5 @@
+import gzip
+
 from cogview.records.pages import Page, PageImage, read_page
 
 URL = "http://example.org/gallery/1.html"
@@ -91,3 +93,32 @@ def test_broken_markup_gives_what_can_be_made_out() -> None:
     assert page("<figure><img src='/a.png' alt='x'><figure><figcaption>cap").images[0].captions[0] == "x"
     assert page("\x00\xff<<<>>>") == Page()
     assert page("<div>" * 5000 + "<img src=/a.png alt=deep>").images == (image("/a.png", "deep"),)
+
+
+def test_a_picture_offers_its_sources_in_formats_that_are_read() -> None:
+    html = (
+        '<picture><source type="image/avif" srcset="/x.avif 4000w"><source srcset="/l.webp 2000w, /m.webp 900w">'
+        '<img src="/s.jpg" srcset="/s.jpg 300w" alt="x"></picture>'
+    )
+    assert page(html).images == (image("/l.webp", "x"),)
+    assert page('<img data-srcset="/a.png 1x, /b.png 2x" src="/s.png" alt="x">').images == (image("/b.png", "x"),)
+
+
+def test_other_words_are_taken_where_they_are_asked_for() -> None:
+    html = (
+        '<div><p>Floods in the south <a href="n.html"><img src="/a.png" title="A street"></a></p></div>'
+        '<div><a><img src="/b.png" alt=""></a><p>Rain falls on\n Hangzhou</p></div>'
+        f'<div><img src="/c.png"><p>{"long " * 100}</p></div><img src="/d.png">'
+    )
+    assert [item.captions for item in page(html).images] == [()] * 4
+    given = read_page(html.encode(), url=URL, words=("alt", "title", "surrounding")).images
+    assert [item.captions for item in given] == [("A street",), ("Rain falls on Hangzhou",), (), ()]
+    assert read_page(html.encode(), url=URL, words=("surrounding",)).images[0].captions == ("Floods in the south",)
+
+
+def test_a_gzipped_sitemap_and_an_index_are_links() -> None:
+    index = b"<sitemapindex><sitemap><loc>http://example.org/1.xml.gz</loc></sitemap></sitemapindex>"
+    assert read_page(gzip.compress(index), url=URL).links == ("http://example.org/1.xml.gz",)
+    bomb = gzip.compress(b"<urlset><url><loc>http://example.org/a</loc></url></urlset>" + b" " * 40_000_000)
+    assert read_page(bomb, url=URL).links == ("http://example.org/a",)
+    assert read_page(b"\x1f\x8bbroken", url=URL) == Page()
