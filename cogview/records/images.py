@@ -65,7 +65,7 @@ class ImageSettings:
 
     image_size: longest allowed short side in pixels, larger ones are scaled down (0 keeps the size); crop: cut the
     middle square as well; encoding: "auto" takes PNG for small or flat pictures and JPEG for the rest;
-    max_pixels: larger sources are refused.
+    max_pixels: larger sources are refused; honour_data_mining: refuse files whose metadata forbid training on them.
     """
 
     image_size: int = 0
@@ -73,6 +73,7 @@ class ImageSettings:
     encoding: Literal["auto", "png", "jpeg"] = "auto"
     jpeg_quality: int = 95
     max_pixels: int = MAX_PIXELS
+    honour_data_mining: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

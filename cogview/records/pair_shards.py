@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from cogview.errors import ManifestError
 from cogview.records.images import ImageSettings, store_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
+from cogview.records.rights import read_rights, refuse_mining
 from cogview.records.tars import read_pairs, write_pairs
 
 MAX_SHARD_ROWS = 100_000  # keys have five digits for the row
@@ -61,19 +62,22 @@ def pair_key(shard: int, row: int) -> str:
 def store_pair(pair: TextImagePair, settings: ImageSettings) -> TextImagePair | Failure:
     """The pair with its image decoded, fitted and encoded anew; or why not.
 
-    `extra` gets sha256, width and height of what is stored, and the sha256 of what came (`original_sha256`), by which
-    its owner knows it.
+    `extra` gets what the file says of its rights (`file_license`, `file_author`, ...), sha256, width and height of what
+    is stored, and the sha256 of what came (`original_sha256`), by which its owner knows it.
     """
-    stored = store_image(pair.image_bytes, settings)
+    rights = read_rights(pair.image_bytes)
+    refused = refuse_mining(rights) if settings.honour_data_mining else None
+    stored = refused or store_image(pair.image_bytes, settings)
     if isinstance(stored, Unusable):
         return Failure(key=pair.key, source=pair.source, reason=stored.reason, detail=stored.detail)
+    known = {f"file_{name}": value for name, value in rights.items()}
     measures = {
         "sha256": hashlib.sha256(stored.data).hexdigest(),
         "original_sha256": hashlib.sha256(pair.image_bytes).hexdigest(),
         "width": stored.width,
         "height": stored.height,
     }
-    return replace(pair, image_bytes=stored.data, extra={**pair.extra, **measures})
+    return replace(pair, image_bytes=stored.data, extra={**pair.extra, **known, **measures})
 
 
 def write_pair_shard(

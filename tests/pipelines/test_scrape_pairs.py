@@ -1,4 +1,5 @@
 import http.server
+import json
 import shutil
 import threading
 from collections import Counter
@@ -6,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.parquet as pq
 import pytest
@@ -52,6 +54,21 @@ def counted_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[DemoSite]
     yield opened
 
 
+def results(query: str) -> bytes:
+    """An answer of Openverse; every query finds the same pictures."""
+    rows = [
+        {
+            "title": f"{query} {number}",
+            "url": f"http://{DEMO_HOST}/images/{number}.png",
+            "license": "cc0",
+            "license_version": "1.0",
+            "creator": "Ann",
+        }
+        for number in range(3)
+    ]
+    return json.dumps({"result_count": 3, "page_count": 1, "page": 1, "results": rows}).encode()
+
+
 @contextmanager
 def flaky_site(failing: Mapping[str, str]) -> Iterator[tuple[list[str], FetchSettings]]:
     """A site of the same picture everywhere, but for the paths that fail; what was asked, and how to reach it."""
@@ -63,6 +80,8 @@ def flaky_site(failing: Mapping[str, str]) -> Iterator[tuple[list[str], FetchSet
             asked.append(self.path)
             status = failing.get(self.path, "200 OK" if "images" in self.path else "404 None")
             body = picture if status == "200 OK" else b""
+            if self.path.startswith("/openverse/"):
+                status, body = "200 OK", results(parse_qs(urlsplit(self.path).query)["q"][0])
             self.send_response(int(status.split()[0]))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -202,6 +221,27 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_taken_over(tmp_path: Path
     assert read_manifest(again.output, deep=True)["rows_in"] == 6
     with pytest.raises(ConfigError, match="image-size 64"):
         main(replace(config, retry=first.output, image=ImageSettings(image_size=32)), open_run(tmp_path / "no"))
+
+
+def test_entities_are_searched_for_and_their_licences_kept(tmp_path: Path) -> None:
+    (tmp_path / "entities.tsv").write_text("food\tgreen tea\nscenic\tWest Lake\n")
+    output = open_run(tmp_path / "searched")
+    with flaky_site({}) as (site, fetch):
+        endpoints = {"openverse": f"http://{DEMO_HOST}/openverse/"}
+        config = replace(
+            SMALL, demo=None, queries=(str(tmp_path / "entities.tsv"),), per_query=3, fetch=fetch, workers=1
+        )
+        main(replace(config, providers=("openverse",), endpoints=endpoints), output)
+        assert sum(path.startswith("/openverse/") for path in site) == 2
+    pairs = [pair for tar in sorted(output.output.glob("*.tar")) for pair in read_pairs(tar)]
+    assert [pair.captions for pair in pairs] == [("green tea 0",), ("green tea 1",), ("green tea 2",)]
+    assert {pair.extra["license"] for pair in pairs} == {"CC0 1.0"}
+    assert {(pair.extra["category"], pair.extra["author"]) for pair in pairs} == {("food", "Ann")}
+    asked = pq.read_table(output.output / "queries.parquet").to_pylist()
+    assert [(row["category"], row["query"], row["images"]) for row in asked] == [
+        ("food", "green tea", 3),
+        ("scenic", "West Lake", 3),
+    ]
 
 
 def test_a_loopback_site_is_refused_unless_it_is_named(tmp_path: Path) -> None:
