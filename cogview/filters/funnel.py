@@ -4,6 +4,8 @@ Counts of shards add up. Samples are those whose keys have the lowest hashes, so
 of its shards, and the same whoever draws them.
 """
 
+import bisect
+import functools
 import hashlib
 import io
 from collections import Counter
@@ -53,21 +55,25 @@ class Funnel:
     given: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in TABLES})
     kept: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in TABLES})
 
-    def add(self, pair: TextImagePair, captions: Sequence[str] | None, verdict: Rejected | None) -> None:
+    def add(self, pair: TextImagePair, captions: Sequence[str], verdict: Rejected | None) -> None:
         """Count a pair as it came, with the captions that are left of it, or with why it went."""
         self.rows += 1
         if verdict is not None:
             self.rejected[verdict.rule, verdict.reason] += 1
-        for tables, texts in ((self.given, pair.captions), (self.kept, () if verdict else captions or ())):
-            tables["caption characters"].update(_bin(len(text), LENGTH_BINS) for text in texts)
-            tables["language"].update(language_group(text) for text in texts)
-        for tables in (self.given,) if verdict else (self.given, self.kept):
-            tables["host"][host_of(pair.source)] += 1
-            tables["licence"][_licence(pair.extra)] += 1
-            short, long = sorted((int(pair.extra.get("width") or 0), int(pair.extra.get("height") or 0)))
-            tables["shorter side"][_bin(short, SIDE_BINS)] += 1
-            if short:
-                tables["long : short side"][_bin(long / short, ASPECT_BINS)] += 1
+        facts = {text: (_bin(len(text), LENGTH_BINS), language_group(text)) for text in {*pair.captions, *captions}}
+        short, long = sorted((int(pair.extra.get("width") or 0), int(pair.extra.get("height") or 0)))
+        names = {"host": host_of(pair.source), "licence": _licence(pair.extra), "shorter side": _bin(short, SIDE_BINS)}
+        if short:
+            names["long : short side"] = _bin(long / short, ASPECT_BINS)
+        for tables, texts in ((self.given, pair.captions), (self.kept, captions)):
+            if tables is self.kept and verdict is not None:
+                return
+            for text in texts:
+                length, language = facts[text]
+                tables["caption characters"][length] += 1
+                tables["language"][language] += 1
+            for table, name in names.items():
+                tables[table][name] += 1
 
     def merge(self, other: "Funnel") -> None:
         """Add another funnel's counts."""
@@ -180,7 +186,11 @@ def bin_names(bins: Sequence[float]) -> list[str]:
 
 
 def _bin(value: float, bins: Sequence[float]) -> str:
-    index = max(0, sum(start <= value for start in bins) - 1)
+    return _bin_name(max(0, bisect.bisect_right(bins, value) - 1), tuple(bins))
+
+
+@functools.cache
+def _bin_name(index: int, bins: tuple[float, ...]) -> str:
     start = bins[index]
     if index + 1 == len(bins):
         return f"{start:g}+"

@@ -54,7 +54,8 @@ def _likeness(reduced_NPPC: npt.NDArray[np.uint8]) -> Likeness:
     spectrum_NFF = _COSINES_FP @ brightness_NPP @ _COSINES_FP.T
     waves_NB = spectrum_NFF.reshape(-1, FREQUENCIES**2)[:, 1:]  # the first is the mean brightness
     bits_NB = np.zeros((len(waves_NB), HASH_BITS + 1), np.uint8)
-    bits_NB[:, 1:] = waves_NB > np.median(waves_NB, axis=1, keepdims=True)
+    middle = HASH_BITS // 2
+    bits_NB[:, 1:] = waves_NB > np.partition(waves_NB, middle, axis=1)[:, middle : middle + 1]
     hashes_N = np.packbits(bits_NB, axis=1).view(">u8")[:, 0].astype(np.uint64)
     colour_cells = [_cells(colours_NPPC[..., channel], COLOUR_CELLS) + 128.0 for channel in (1, 2)]
     cells_NS = np.concatenate([_cells(brightness_NPP, BRIGHTNESS_CELLS), *colour_cells], axis=1)

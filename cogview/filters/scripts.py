@@ -1,7 +1,6 @@
 """Which scripts a caption is written in: enough to tell Chinese and English from the rest, and easy to explain."""
 
 import re
-import unicodedata
 from collections import Counter
 
 # Letters of a script as character classes; what belongs to none of them counts as `other`.
@@ -27,8 +26,7 @@ def letters_by_script(caption: str) -> Counter[str]:
         letters = sum(map(str.isalpha, caption))
         return Counter(latin=letters) if letters else Counter()
     counts = Counter({name: len(pattern.findall(caption)) for name, pattern in _LETTERS.items()})
-    others = sum(unicodedata.category(character).startswith("L") for character in caption) - counts.total()
-    counts["other"] = max(0, others)
+    counts["other"] = max(0, sum(map(str.isalpha, caption)) - counts.total())
     return +counts
 
 
