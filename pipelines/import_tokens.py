@@ -4,7 +4,7 @@ Command: python -m pipelines import_tokens cogview --data FILE --text-tokenizer 
 Reads:   a file or folder of int32 rows (cogview: 64 text ids and 1,024 codes; cogview2: 112 and 400), or an LMDB of
          pickles, of which nothing is run; the output folders of the tokenizers that made the rows (import_weights)
 Writes:  train/shard-00000.arrow, validation/shard-00000.arrow, rejected/shard-00000.parquet, manifest.json
-Time:    about 10,000 rows a second on each core
+Time:    some thousand rows a second on each core
 """
 
 from collections import Counter
