@@ -8,7 +8,6 @@ Time:    about 10 s for 2,000 pairs of 64 x 64 pixels on two cores, of which hal
 """
 
 import functools
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from cogview.records.tars import read_pairs
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, atomic_file, read_manifest, shard_name
 from cogview.shards.reader import TokenShards
 from cogview.shards.schema import SPLITS, TokenOrigin
+from cogview.shards.split import HASH_RANGE, key_hash, split_of
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.pixels import CENTRE, CropConfig, cut_square, pixel_batch
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
@@ -45,7 +45,6 @@ from pipelines.runtime.shard_plan import ShardStep, shard_plan_lines, try_rows
 
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
 KEPT = [("status", "=", "ok")]  # of the candidates in a Parquet of filter_pairs
-HASH_RANGE = 1 << 64
 # Below so many expected validation pairs, none might fall under the threshold: e^-64 is never, e^-3 is one run in 20.
 FEW_VALIDATION_PAIRS = 64
 EXAMPLES = 20
@@ -212,11 +211,6 @@ def validation_threshold(pairs: Path, *, shards: Sequence[dict[str, Any]], fract
     return max(threshold, lowest + 1)
 
 
-def key_hash(key: str) -> int:
-    """A number in [0, 2^64) that is the same for a key on any machine."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenizeShard:
     """The work on one shard; workers get it pickled, and load the tokenizers once per process."""
@@ -318,7 +312,7 @@ class Tokenized:
         self.num_pairs += len(batch)
         grid, *other_grids = codes
         for number, pair in enumerate(batch):
-            split = "validation" if key_hash(pair.key) < self.threshold else "train"
+            split = split_of(pair.key, threshold=self.threshold)
             for text, ids in zip(pair.captions, pair.text_ids, strict=True):
                 self.rows[split].append(
                     TokenRow(

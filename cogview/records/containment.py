@@ -3,8 +3,8 @@
 Image readers are C code that is fed with bytes from anywhere; some day one of them crashes or hangs on a picture. Work
 on a shard runs inside `contained()`:
 
-* At first pictures are decoded in the worker itself, at no cost but an alarm clock of the operating system (about a
-  microsecond): a picture that takes longer than the limit ends the worker, even where C code never gives Python a turn.
+* At first pictures are decoded in the worker itself, at no cost but an alarm clock of the operating system (about two
+  microseconds). A picture that takes longer than the limit ends the worker, even where C code keeps Python's lock.
 * A worker that died is started again by whoever runs it, now with `apart`: each picture is decoded in a child process.
   One that kills its child twice is refused as `decoder_died`, one that outlasts the limit as `decoder_hung`, and the
   shard goes on. So a picture has three tries at most, and only shards that killed a worker pay for the child.

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1]
 # The order of the menu is the order of the road; jobs that are not named here follow by name.
 MENU_ORDER = (
     *("road", "scrape_pairs", "import_pairs", "filter_pairs", "translate_pairs", "train_text_tokenizer"),
-    *("train_image_tokenizer", "tokenize_pairs", "pretrain", "generate", "evaluate"),
+    *("train_image_tokenizer", "tokenize_pairs", "import_tokens", "export_tokens", "pretrain", "generate", "evaluate"),
 )
 VERBS = {
     "status": "Stages, shards, scores and paths of a run (or the last), from the disk alone (--json: for programs).",

@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from cogview.shards.manifest import ShardEntry, read_manifest
 from cogview.shards.reader import TokenRows, TokenShards
 from cogview.shards.schema import SPLITS
 from cogview.tokenizers.codebook import CodebookConfig
+from cogview.tokenizers.dvae import DVAEConfig, DVAETokenizer
+from cogview.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from cogview.tokenizers.pixels import CropConfig, cut_square, pixel_batch, square_pixels
+from cogview.tokenizers.residual_blocks import PyramidConfig
+from cogview.tokenizers.stored import AnyImageTokenizer
 from cogview.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.vqgan import VQGANConfig, VQGANTokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
 from pipelines.runtime.cluster import shutdown_ray
 from pipelines.runtime.jobs import Finished, run_job
@@ -192,6 +198,38 @@ def test_bad_images_and_captions_are_counted_and_written(tmp_path: Path, inputs:
     assert entry.extra["rows_train"] + entry.extra["rows_validation"] == len(rows) == 4 * 2 + 2
 
 
+PYRAMID = PyramidConfig(
+    channels=4, multipliers=(1, 1, 2), num_res_blocks=1, attention_levels=(), latent_channels=4, norm_groups=2
+)
+SMALL_CODEBOOK = CodebookConfig(num_codes=16, code_dim=4)
+KINDS: dict[str, Callable[[], AnyImageTokenizer]] = {
+    "vqvae": lambda: ImageTokenizer(VQVAEConfig(widths=(8, 8, 8), codebook=SMALL_CODEBOOK)),
+    "vqgan": lambda: VQGANTokenizer(VQGANConfig(pyramid=PYRAMID, codebook=SMALL_CODEBOOK)),
+    "multiscale": lambda: MultiScaleTokenizer(
+        MultiScaleConfig(pyramid=PYRAMID, codebook=SMALL_CODEBOOK, num_levels=2, main_level=1)
+    ),
+    "dvae": lambda: DVAETokenizer(DVAEConfig(num_codes=24, width=8, code_channels=6, blocks_per_group=1)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_image_tokenizer_makes_its_own_grid_at_every_size(tmp_path: Path, inputs: Config, kind: str) -> None:
+    torch.manual_seed(0)
+    image = KINDS[kind]().eval()
+    image.save(tmp_path / kind)
+    config = replace(inputs, image_tokenizer=tmp_path / kind, image_size=64, other_image_sizes=(32,))
+    tokenize_shard(config, tmp_path / "tokens")
+    rows = shard_rows(tmp_path / "tokens")
+    assert len(rows) == 2 * NUM_PAIRS[0]
+    (pair,) = [pair for pair in make_pairs(NUM_PAIRS[0]) if pair.key == rows[0]["key"]]
+    for size in (64, 32):
+        grid = size // image.stride
+        codes = rows[0]["image_codes" if size == 64 else f"image_codes_{grid}"]
+        pixels = pixel_batch([square_pixels(decode_image(pair.image_bytes), image_size=size)])
+        assert codes == image.encode(pixels).flatten().tolist()
+        assert len(codes) == grid**2
+
+
 def test_shards_without_pairs_stay_shards(tmp_path: Path, inputs: Config) -> None:
     failure = Failure(key="00000_00000", source="x", reason="timeout")
     folder = write_pair_folder(tmp_path / "pairs", [[failure]])
@@ -324,6 +362,13 @@ def test_another_tokenizer_makes_another_folder(tmp_path: Path, root: Path, inpu
 def test_inputs_that_are_not_given_are_named(root: Path, inputs: Config, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is not given.*--{name.replace('_', '-')}"):
         run(replace(inputs, **{name: None}), root)
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cluster_without_gpus_is_named_and_nothing_waits_for_one(root: Path, inputs: Config) -> None:
+    with pytest.raises(ConfigError, match="device is cuda, but the cluster has no GPU"):
+        run(replace(inputs, device="cuda", validation_fraction=0.3), root)
 
 
 def test_an_image_size_that_does_not_fit_the_tokenizer_is_refused(root: Path, inputs: Config) -> None:
