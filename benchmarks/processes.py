@@ -15,6 +15,7 @@ from typing import Self
 import psutil
 
 MARK = "COGVIEW_BENCHMARK_MARK"
+LOOK_EVERY_S = 0.2  # at processes and their CPU time; at their memory only every `interval`, for that is dear
 # A fresh machine knows where its programs and its package index are, and nothing of ours.
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ", "PYENV_ROOT")
 KEPT_PREFIXES = ("PIP_", "SSL_", "http_", "https_", "no_", "HTTP_", "HTTPS_", "NO_")
@@ -24,7 +25,8 @@ class ProcessWatch:
     """Samples the marked processes while it is entered.
 
     environment: what to start the command with; peak_bytes: the largest sum of their proportional memory (shared pages
-    are divided among those who share them); names: of every process that was seen.
+    are divided among those who share them); names: of every process that was seen; cpu_seconds: of all of them, up to
+    the last look at each.
     """
 
     def __init__(self, environment: Mapping[str, str], *, interval: float = 1.0) -> None:
@@ -32,6 +34,7 @@ class ProcessWatch:
         self.environment = {**environment, MARK: self._mark}
         self.peak_bytes = 0
         self.names: set[str] = set()
+        self._cpu_seconds: dict[tuple[int, float], float] = {}
         self._interval = interval
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
@@ -46,6 +49,11 @@ class ProcessWatch:
         self._is_over.set()
         self._thread.join()
 
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time so far."""
+        return sum(self._cpu_seconds.values())
+
     def running(self) -> list[psutil.Process]:
         """The marked processes that run now."""
         return list(_marked(self._mark))
@@ -58,16 +66,25 @@ class ProcessWatch:
         return left
 
     def _sample_until_over(self) -> None:
+        memory_due = 0.0
         while not self._is_over.is_set():
-            total = 0
-            for process in _marked(self._mark):
-                try:
-                    self.names.add(process.name())
-                    total += proportional_bytes(process)
-                except psutil.Error:
-                    continue  # it ended between two looks
-            self.peak_bytes = max(self.peak_bytes, total)
-            self._is_over.wait(self._interval)
+            is_due = time.monotonic() >= memory_due
+            if is_due:
+                memory_due = time.monotonic() + self._interval
+            self._look(with_memory=is_due)
+            self._is_over.wait(min(self._interval, LOOK_EVERY_S))
+
+    def _look(self, *, with_memory: bool) -> None:
+        total = 0
+        for process in _marked(self._mark):
+            try:
+                self.names.add(process.name())
+                spent = process.cpu_times()
+                self._cpu_seconds[process.pid, process.create_time()] = spent.user + spent.system
+                total += proportional_bytes(process) if with_memory else 0
+            except psutil.Error:
+                continue  # it ended between two looks
+        self.peak_bytes = max(self.peak_bytes, total)
 
 
 def proportional_bytes(process: psutil.Process) -> int:
