@@ -9,7 +9,7 @@ Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts not
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
+from cogview.models.lora import LoRAConfig
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.super_resolution import Magnifier
@@ -47,6 +48,7 @@ class Config:
     layout: "paper", or "released" with POS0 behind ROI2, as the released weights want it.
     length: tokens of a full row before the shift; 0 takes as much text as in pretraining.
     text_loss_weight: of the labels whose input is not an image code.
+    lora: with a rank, only adapters on the linear layers are trained; they and the merged model are published.
     activation_checkpointing: trade time for memory.
     num_validation_rows: held-out rows scored during training; the first of them are drawn with each score.
     """
@@ -61,6 +63,7 @@ class Config:
     length: int = 0
     text_loss_weight: float = 1.0
     dropout: float = 0.1
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     loop: LoopConfig
     activation_checkpointing: bool = runtime_field(False)
     is_compiled: bool = runtime_field(False)
@@ -84,6 +87,7 @@ PAPER = Config(
         global_batch_size=192,
         optimizer=OptimizerConfig(learning_rate=3e-5),
         precision="fp16",
+        sharding="full",  # 16 bytes a parameter are 63 GB, spread over the 16 GPUs
         loss_scale=LossScaleConfig(initial=2.0**16),
         checkpoint_every=1000,
         validate_every=1000,
@@ -172,6 +176,7 @@ def settings_of(config: Config, *, tokens: Path, output: Path) -> Finetuning:
         is_compiled=config.is_compiled,
         num_validation_rows=config.num_validation_rows,
         model_changes={"dropout": config.dropout, "activation_checkpointing": config.activation_checkpointing},
+        lora=config.lora,
         look=look_at_squares,
         other_grids=(config.side,),
     )

@@ -5,6 +5,7 @@ id, so no caption, whatever it says, can produce one. The text is what is cut wh
 never are.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -101,10 +102,12 @@ class SequenceLayout:
 
         They run through, as in CogView, but for a segment that restarts. Or, as in CogLM, what follows the text stands
         where it would after a text of `budget` tokens, so that an image token's position tells its place in the picture
-        whatever the caption's length.
+        whatever the caption's length; also with the picture first, and in pictures of several sizes.
         """
         if is_image_fixed and self.segments[0].kind == "image":
             return self._swapped_positions(num_text=num_text, num_image_tokens=num_image_tokens, budget=budget)
+        if is_image_fixed and any(segment.restarts for segment in self.segments):
+            return self._matched_positions(num_text=num_text, num_image_tokens=num_image_tokens, budget=budget)
         parts, start = [], 0
         for segment, length in self._lengths(num_text, num_image_tokens):
             start = 0 if segment.restarts else start
@@ -112,9 +115,11 @@ class SequenceLayout:
             start += length + (budget - num_text if is_image_fixed and segment.kind == "text" else 0)
         return np.concatenate(parts)
 
-    def num_positions(self, *, budget: int, num_image_tokens: ImageTokens) -> int:
+    def num_positions(self, *, budget: int, num_image_tokens: ImageTokens, is_image_fixed: bool) -> int:
         """Rows of the table of positions that a row with the longest text needs; its last token is only a label."""
-        places = self.positions(num_text=budget, num_image_tokens=num_image_tokens, budget=budget, is_image_fixed=False)
+        places = self.positions(
+            num_text=budget, num_image_tokens=num_image_tokens, budget=budget, is_image_fixed=is_image_fixed
+        )
         return int(places[:-1].max()) + 1
 
     def loss_weights(self, *, num_text: int, num_image_tokens: ImageTokens) -> Weights:
@@ -141,6 +146,21 @@ class SequenceLayout:
         (_, image_length), (text, text_length) = self._lengths(num_text, num_image_tokens)
         start = len(text.before) + budget
         return np.concatenate([np.arange(start, start + image_length), np.arange(text_length)])
+
+    def _matched_positions(self, *, num_text: int, num_image_tokens: ImageTokens, budget: int) -> Ids:
+        """Of a text and pictures of one thing at several sizes: the largest stands where pretraining has its picture,
+        a code of a smaller one where the first of the codes is that it stands for. ROI2 begins at 0, as ROI1 does."""
+        text, *images = self.segments
+        parts = [np.arange(len(text.before) + num_text)]
+        lengths = self._image_lengths(num_image_tokens)
+        first, side = len(text.before) + budget + len(images[0].before), math.isqrt(max(lengths))
+        for segment, length in zip(images, lengths, strict=True):
+            before = np.arange(first - len(segment.before), first)
+            before[: int(segment.restarts)] = 0
+            steps = np.arange(0, side, side // math.isqrt(length))
+            codes = first + (side * steps[:, None] + steps).ravel()
+            parts += [before, codes, first + side**2 + np.arange(len(segment.after))]
+        return np.concatenate(parts)
 
     def _lengths(self, num_text: int, num_image_tokens: ImageTokens) -> Iterator[tuple[Segment, int]]:
         """Each segment with the number of its tokens, command tokens included."""

@@ -135,7 +135,7 @@ class Finetuning:
         """Rows of the table of positions that these rows need."""
         layout, tokens = TASKS[self.task], image_tokens(grid, self.other_grids)
         budget = layout.text_budget(length=sequence.length, num_image_tokens=tokens)
-        return layout.num_positions(budget=budget, num_image_tokens=tokens)
+        return layout.num_positions(budget=budget, num_image_tokens=tokens, is_image_fixed=sequence.is_image_fixed)
 
     def _grids(self) -> dict[str, Any]:
         return {"other_grids": list(self.other_grids)} if self.other_grids else {}

@@ -106,16 +106,28 @@ def test_positions_begin_again_at_roi2_and_fit_into_the_released_table(name: str
     places = layout.positions(num_text=2, num_image_tokens=BOTH, budget=budget, is_image_fixed=False).tolist()
     roi2 = 1 + 2 + 2 + 256 + 1
     assert places == [*range(roi2), *range(overhead - 4 + 1024)]
-    fixed = layout.positions(num_text=2, num_image_tokens=BOTH, budget=budget, is_image_fixed=True).tolist()
-    assert fixed[roi2 - 1] == budget + 3 + 256
-    assert fixed[roi2:] == places[roi2:]
-    assert layout.num_positions(budget=budget, num_image_tokens=BOTH) <= 1089
+    assert layout.num_positions(budget=budget, num_image_tokens=BOTH, is_image_fixed=False) <= 1089
+
+
+@pytest.mark.parametrize("name", ["super_resolution", "super_resolution_released"])
+def test_two_sizes_of_a_picture_may_stand_where_pretraining_has_it(name: str) -> None:
+    layout, sizes = TASKS[name], (4, 16)
+    trained = LAYOUT.positions(num_text=2, num_image_tokens=16, budget=5, is_image_fixed=True).tolist()
+    places = layout.positions(num_text=2, num_image_tokens=sizes, budget=5, is_image_fixed=True).tolist()
+    assert places[:5] == trained[:5]  # ROI1 a b BASE BOI1
+    codes = trained[5:21]
+    assert places[5:9] == [codes[0], codes[2], codes[8], codes[10]]  # the first of the four codes that each stands for
+    assert places[9] == trained[21]  # EOI1
+    assert places[10] == 0  # ROI2
+    assert places[-19:] == trained[3:]  # BASE BOI2, the codes, EOI2
+    # EOI1 of the small picture is read, so the table has a row for it, which pretraining has and does not use.
+    assert layout.num_positions(budget=5, num_image_tokens=sizes, is_image_fixed=True) == trained[-1] + 1
 
 
 def test_a_table_of_positions_has_a_row_for_all_but_the_last_token() -> None:
-    assert LAYOUT.num_positions(budget=61, num_image_tokens=1024) == 1088
+    assert LAYOUT.num_positions(budget=61, num_image_tokens=1024, is_image_fixed=False) == 1088
     # 4 + 1024 + 1 tokens from ROI2 on, the last of which is only a label; the first part is shorter.
-    assert TASKS["super_resolution"].num_positions(budget=57, num_image_tokens=BOTH) == 1027
+    assert TASKS["super_resolution"].num_positions(budget=57, num_image_tokens=BOTH, is_image_fixed=False) == 1027
 
 
 def test_a_layout_of_two_images_wants_two_numbers_of_tokens() -> None:
