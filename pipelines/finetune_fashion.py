@@ -29,7 +29,7 @@ from cogview.sequences.batch import SequenceConfig
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.optimization import OptimizerConfig
-from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
@@ -82,6 +82,7 @@ PAPER = Config(
         global_batch_size=2048,
         optimizer=OptimizerConfig(learning_rate=2e-4),
         precision="bf16",
+        sharding="full",
         checkpoint_every=500,
         validate_every=2000,
     ),
@@ -140,8 +141,8 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def resolve(config: Config, *, root: Path) -> Config:
-    """Fill in tokens and tokenizers from the chain that ran last under `root`."""
-    filled: Config = fill_from_chain(config, PRODUCERS, root=root)
+    """Fill in tokens and tokenizers from the chain that ran last under `root`, if one did."""
+    filled: Config = fill_from_chain(config, PRODUCERS, root=root) if (root / CHAIN_NAME).is_file() else config
     return filled
 
 

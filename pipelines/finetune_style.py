@@ -31,7 +31,7 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
 from cogview.training.loop import LoopConfig
 from cogview.training.optimization import OptimizerConfig
-from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.plan import plan_lines
 from pipelines.tasks.finetuning import SOURCES, Finetuning, finetune
@@ -161,8 +161,8 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def resolve(config: Config, *, root: Path) -> Config:
-    """Fill in the folders of the model from the chain that ran last under `root`."""
-    filled: Config = fill_from_chain(config, MODELS, root=root)
+    """Fill in the folders of the model from the chain that ran last under `root`, if one did."""
+    filled: Config = fill_from_chain(config, MODELS, root=root) if (root / CHAIN_NAME).is_file() else config
     return filled
 
 

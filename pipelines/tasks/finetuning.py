@@ -103,14 +103,18 @@ class Finetuning:
         return (self.adapt(gpt) if self.adapt else gpt), parts, config
 
     def _freeze(self, gpt: GPT, *, positions: int) -> None:
-        """Adapters, and the frozen weights in the run's precision: on a GPU they are never there in another."""
+        """Adapters, and the frozen weights in the run's precision: on a GPU they are never there in another.
+
+        Sharded ones stay in fp32, as all that is sharded.
+        """
         if gpt.config.max_positions > positions:
             raise ConfigError(
                 f"lora.rank={self.lora.rank}: adapters teach no new positions, and these rows need "
                 f"{gpt.config.max_positions} where the model has {positions}; shorten the rows, or train all weights "
                 "with --lora.rank 0"
             )
-        gpt.to(DTYPES[self.loop.precision])
+        if self.loop.sharding == "none":
+            gpt.to(DTYPES[self.loop.precision])
         add_lora(gpt, self.lora, seed=self.loop.seed)
 
     def sequence(self, settings: Mapping[str, Any], *, grid: int) -> SequenceConfig:

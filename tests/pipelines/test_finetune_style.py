@@ -17,7 +17,7 @@ from cogview.scenes.scene import corpus, draw_scene
 from cogview.shards.reader import TokenShards
 from cogview.training.checkpoints import STATE_NAME
 from pipelines import merge_adapters
-from pipelines.finetune_style import JOB, PRESETS, Config, plan, resolve
+from pipelines.finetune_style import JOB, PRESETS, Config, main, plan, resolve
 from pipelines.runtime.jobs import Finished, run_job
 from pipelines.tasks.style_rows import StyleData, write_style_rows
 from tests.pipelines.job_runs import open_run
@@ -137,9 +137,14 @@ def test_a_plan_tells_what_adapters_save() -> None:
 
 
 def test_the_model_comes_from_the_last_chain(config: Config, tmp_path: Path) -> None:
-    assert resolve(config, root=tmp_path) == config
-    with pytest.raises(ConfigError, match="no chain has run there"):
-        resolve(replace(config, checkpoint=None), root=tmp_path)
+    unknown = replace(config, checkpoint=None)
+    assert resolve(unknown, root=tmp_path) == unknown, "a plan needs no chain"
+    with pytest.raises(ConfigError, match="checkpoint is not given; name the output folder of pretrain"):
+        main(unknown, open_run(tmp_path))
+    chain = {"state": "done", "started": "now", "stages": []}
+    (tmp_path / "chain.json").write_text(json.dumps(chain))
+    with pytest.raises(ConfigError, match="no pretrain is done"):
+        resolve(unknown, root=tmp_path)
 
 
 @pytest.fixture(scope="module")
