@@ -278,8 +278,9 @@ class GPT(nn.Module):
         if self.training or is_sparse or self.config.attention in ("pb_relax", "plain"):
             return False
         if cache.steps is None:
-            layers = [layer.parts() for layer in self.transformer.layers if isinstance(layer, Block)]
-            if not all(map(can_step, layers)):
+            # Wrapped layers, as those of a model spread over workers, gather their weights when they are called.
+            layers = [layer.parts() for layer in self.transformer.layers if type(layer) is Block]
+            if len(layers) < self.config.num_layers or not all(map(can_step, layers)):
                 return False
             cache.steps = Steps(layers, num_heads=self.config.num_heads)
         return True
