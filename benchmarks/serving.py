@@ -107,11 +107,7 @@ def load_painter(root: Path) -> TextToImage:
     """The model that the server has, here."""
     try:
         folders = given_folders(fill_from_chain(PRESETS["smoke"], SOURCES, root=root), SOURCES)
-        return TextToImage.load(
-            folders["checkpoint"],
-            text_tokenizer=folders["text_tokenizer"],
-            image_tokenizer=folders["image_tokenizer"],
-        )
+        return TextToImage.load(**folders, device="cpu")
     except CogViewError as error:
         raise UnmeasuredError(str(error)) from error
 

@@ -98,8 +98,8 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        sampling=SamplingConfig(top_k=12),  # as generate's
-        magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),  # as super_resolve's
+        sampling=SamplingConfig(temperature=0.5, top_k=12),  # a small model is less sure of what it knows
+        magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),
         batch_size=32,
         device="cpu",
     ),

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from cogview.errors import ConfigError
 from cogview.models.attention import causal_mask, fused_attention, pb_relax_attention, plain_attention
 from cogview.models.norms import LayerNorm
+from cogview.models.one_token import Steps, can_step
 from cogview.models.pivots import Pivots, SparseConfig, draw_pivots, inference_mask, needed_keys
 
 AttentionKind = Literal["fused", "pb_relax", "plain", "sparse"]
@@ -74,7 +75,8 @@ class KeyValueCache:
         head_size = config.hidden_size // config.num_heads
         shape = (config.num_layers, 2, batch, config.num_heads, length, head_size)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        self._of_layers = [tuple(layer.unbind(0)) for layer in self.storage.unbind(0)]  # views: keys and values
+        self.of_layers = [tuple(layer.unbind(0)) for layer in self.storage.unbind(0)]  # views: keys and values
+        self.steps: Steps | None = None  # the layers taken apart, at the first step by one token
         self.allowed_BK = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.ids_BK = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self.is_padded = True
@@ -83,15 +85,15 @@ class KeyValueCache:
     def extend(self, layer: int, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the filled ones; returns all of them [B, H, K, D]."""
         new = k_BHLD.shape[2]
-        end = self._end(new)
-        keys, values = self._of_layers[layer]
+        end = self.end(new)
+        keys, values = self.of_layers[layer]
         keys.narrow(2, self.filled, new).copy_(k_BHLD)
         values.narrow(2, self.filled, new).copy_(v_BHLD)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def remember(self, ids_BL: Tensor) -> Tensor:
         """Store the tokens behind the filled positions; returns all of them [B, K]."""
-        end = self._end(ids_BL.shape[1])
+        end = self.end(ids_BL.shape[1])
         self.ids_BK[:, self.filled : end] = ids_BL
         return self.ids_BK[:, :end]
 
@@ -119,7 +121,8 @@ class KeyValueCache:
         itself_QK = keys_K[self.filled :, None] == keys_K[None, :]
         return (causal_QK & allowed_B1K | itself_QK)[:, None]
 
-    def _end(self, num_new: int) -> int:
+    def end(self, num_new: int) -> int:
+        """How many positions are filled with so many more. ConfigError when there is no room for them."""
         end, length = self.filled + num_new, self.storage.shape[4]
         if end > length:
             raise ConfigError(f"the cache holds {length} positions, {end} are needed; make it longer")
@@ -200,6 +203,12 @@ class Block(nn.Module):
         summed: Tensor = hidden_BLE + self.fourth_layernorm(widened_BLE)
         return summed
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        """What a token passes through, in its order."""
+        attention = (self.input_layernorm, self.attention.query_key_value, self.attention.dense, self.third_layernorm)
+        mlp = (self.post_attention_layernorm, self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h, self.fourth_layernorm)
+        return (*attention, *mlp)
+
 
 class Transformer(nn.Module):
     """Position embeddings, blocks and the last norm."""
@@ -240,6 +249,8 @@ class GPT(nn.Module):
         if share < 1 and self.training:
             hidden_BLE = share * hidden_BLE + (1 - share) * hidden_BLE.detach()
         hidden_BLE = self.dropout(hidden_BLE)
+        if cache is not None and ids_BL.shape[1] == 1 and self._steps(cache):
+            return self._step(hidden_BLE, cache)
         regions_of = self._regions(ids_BL, cache, pivot_keys_B)
         for index, layer in enumerate(self.transformer.layers):
             if self.config.activation_checkpointing and self.training:
@@ -260,6 +271,29 @@ class GPT(nn.Module):
         """Compile every block in place: one graph, made at the first step, serves all of them. Needs a C++ compiler."""
         for layer in self.transformer.layers:
             layer.compile()
+
+    def _steps(self, cache: KeyValueCache) -> bool:
+        """Whether a step by one token may take the short way, which leads through torch's kernel alone."""
+        is_sparse = self.config.attention == "sparse" and self.config.sparse.in_evaluation
+        if self.training or is_sparse or self.config.attention in ("pb_relax", "plain"):
+            return False
+        if cache.steps is None:
+            # Wrapped layers, as those of a model spread over workers, gather their weights when they are called.
+            layers = [layer.parts() for layer in self.transformer.layers if type(layer) is Block]
+            if len(layers) < self.config.num_layers or not all(map(can_step, layers)):
+                return False
+            cache.steps = Steps(layers, num_heads=self.config.num_heads)
+        return True
+
+    def _step(self, hidden_B1E: Tensor, cache: KeyValueCache) -> Tensor:
+        """Hidden states [B, 1, E] of one token after the last norm; the cache is advanced by it."""
+        assert cache.steps is not None
+        end = cache.end(1)
+        mask = None if cache.sees_all(1) else cache.attention_mask(1)
+        hidden_BE = cache.steps(hidden_B1E[:, 0], caches=cache.of_layers, filled=cache.filled, allowed=mask)
+        cache.filled = end
+        normed: Tensor = self.transformer.final_layernorm(hidden_BE)
+        return normed[:, None]
 
     def _regions(self, ids_BL: Tensor, cache: KeyValueCache | None, pivot_keys_B: Tensor | None) -> Regions:
         """Where each layer looks: the same for all with dense attention, drawn for each with sparse attention."""

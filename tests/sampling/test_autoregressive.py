@@ -1,10 +1,12 @@
 """Sampling with the cache: the tokens of a full recomputation, only image codes, and no influence of the neighbours."""
 
+import copy
+
 import pytest
 import torch
 
 from cogview.errors import ConfigError
-from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.gpt import GPT, Block, GPTConfig
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig, choose, uniform_draws
 from cogview.sequences.layout import TASKS
@@ -92,3 +94,15 @@ def test_given_positions_are_those_that_the_model_sees(model: GPT) -> None:
             known.append(int(choose(logits, draws[:, token], config=SAMPLING)))
             places.append(places[-1] + 1)
     assert drawn.tolist() == known[-16:]
+
+
+def test_the_short_way_of_one_token_is_left_where_layers_are_wrapped(model: GPT) -> None:
+    ids = [prompt(1), prompt(2, 3, 4)]
+    short = generate(model, ids, [5, 6])
+    wrapped = copy.deepcopy(model)
+    called: list[int] = []
+    for layer in wrapped.transformer.layers:
+        layer.__class__ = type("WrappedBlock", (Block,), {})
+        layer.register_forward_hook(lambda module, inputs, output: called.append(inputs[0].shape[1]))
+    assert torch.equal(generate(wrapped, ids, [5, 6]), short)
+    assert called.count(1) == 3 * 15
