@@ -24,7 +24,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "weight_files": frozenset({"errors"}),
     "locations": frozenset({"errors"}),
     "records": frozenset({"errors", "config", "locations"}),
-    "filters": frozenset({"records", "errors", "config", "weight_files", "shards.manifest"}),
+    "filters": frozenset({"records", "errors", "config", "shards.manifest"}),
     "tokenizers": frozenset({"errors", "config", "records.images", "weight_files"}),
     "shards": frozenset({"errors", "config"}),
     "sequences": frozenset({"errors", "shards.schema", "tokenizers.vocabulary"}),
