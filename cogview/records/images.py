@@ -21,7 +21,8 @@ from cogview.records.pair import Unusable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 40_000_000  # 120 MB of RGB; Pillow itself only warns up to 179 megapixels
-MAX_WEBP_PIXELS = 16_000_000  # its decoder holds four copies of the whole picture
+# Of formats that are decoded whole before they are scaled down, as JPEG is not. WebP's decoder holds four copies.
+FORMAT_PIXELS = {"PNG": 24_000_000, "GIF": 24_000_000, "WEBP": 8_000_000}
 BACKGROUND = (255, 255, 255)
 LARGE_PIXELS = 4_000_000
 STRIP_ROWS = 512
@@ -65,7 +66,8 @@ class ImageSettings:
 
     image_size: longest allowed short side in pixels, larger ones are scaled down (0 keeps the size); crop: cut the
     middle square as well; encoding: "auto" takes PNG for small or flat pictures and JPEG for the rest;
-    max_pixels: larger sources are refused; honour_data_mining: refuse files whose metadata forbid training on them.
+    max_pixels: larger sources are refused, and those beyond FORMAT_PIXELS; honour_data_mining: refuse files whose
+    metadata forbid training on them.
     """
 
     image_size: int = 0
@@ -120,7 +122,7 @@ def decode_here(
         return refused
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        limit = min(max_pixels, MAX_WEBP_PIXELS) if image.format == "WEBP" else max_pixels
+        limit = min(max_pixels, FORMAT_PIXELS.get(image.format or "", max_pixels))
         if image.width * image.height > limit:
             return Unusable("image_too_many_pixels", f"{image.width}x{image.height}")
         if short_side:
