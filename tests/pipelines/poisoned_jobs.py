@@ -44,7 +44,6 @@ def poisoned_pairs(poisons: Sequence[bytes]) -> list[list[TextImagePair]]:
             replace(
                 pair,
                 image_bytes=noise(10 * shard + row),
-                captions=(f"picture {row} of {shard}",),
                 extra={"sha256": f"{10 * shard + row:064x}", "width": 48, "height": 48},
             )
             for row, pair in enumerate(make_pairs(PAIRS_IN_SHARD, shard=shard))
