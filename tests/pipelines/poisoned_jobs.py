@@ -41,7 +41,11 @@ def poisoned_pairs(poisons: Sequence[bytes]) -> list[list[TextImagePair]]:
     """Two shards of six pairs; some of the first are poisoned."""
     shards = [
         [
-            replace(pair, image_bytes=noise(10 * shard + row), captions=(f"picture {row} of {shard}",))
+            replace(
+                pair,
+                image_bytes=noise(10 * shard + row),
+                extra={"sha256": f"{10 * shard + row:064x}", "width": 48, "height": 48},
+            )
             for row, pair in enumerate(make_pairs(PAIRS_IN_SHARD, shard=shard))
         ]
         for shard in range(2)
