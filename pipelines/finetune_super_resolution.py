@@ -10,6 +10,7 @@ Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts not
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,16 @@ from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.super_resolution import Magnifier
 from cogview.sampling.windows import SCALE
+from cogview.sequences.batch import SequenceBatch
+from cogview.shards.reader import TokenRows
+from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.tasks.finetuning import SOURCES, Finetuning, finetune, finetuning_plan
-from pipelines.tasks.language_model import Inputs, LanguageModelTask
+from pipelines.tasks.language_model import Inputs, LanguageModelTask, TaskConfig, lay_out_rows
 from pipelines.tasks.scene_squares import SceneSquares, write_scene_squares
 
 LayoutName = Literal["paper", "released"]
@@ -47,7 +51,7 @@ class Config:
     `scenes` are drawn. side: codes along the squares that the model reads when it magnifies.
     layout: "paper", or "released" with POS0 behind ROI2, as the released weights want it.
     length: tokens of a full row before the shift; 0 takes as much text as in pretraining.
-    text_loss_weight: of the labels whose input is not an image code.
+    prompt_loss_weight: of caption and small picture, which are given when a picture is magnified; the release's is 1.
     lora: with a rank, only adapters on the linear layers are trained; they and the merged model are published.
     activation_checkpointing: trade time for memory.
     num_validation_rows: held-out rows scored during training; the first of them are drawn with each score.
@@ -61,7 +65,7 @@ class Config:
     layout: LayoutName = "paper"
     scenes: SceneSquares | None = None
     length: int = 0
-    text_loss_weight: float = 1.0
+    prompt_loss_weight: float = 1.0
     dropout: float = 0.1
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     loop: LoopConfig
@@ -73,6 +77,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.layout not in TASK_OF:
             raise ConfigError(f"layout={self.layout!r}: choose one of {', '.join(TASK_OF)}")
+        if self.prompt_loss_weight < 0:
+            raise ConfigError(f"prompt_loss_weight={self.prompt_loss_weight}: give 0 or more")
         if self.side < 2 or self.side % 2:
             raise ConfigError(f"side={self.side}: magnifying moves by half a square; choose an even side from 2 on")
 
@@ -103,14 +109,14 @@ PRESETS: dict[str, Config] = {
         side=4,  # 32 pixels -> 64 pixels, of pictures that are magnified from 64 to 128
         scenes=SceneSquares(),
         loop=LoopConfig(
-            num_steps=600,
+            num_steps=1000,
             global_batch_size=16,
             optimizer=OptimizerConfig(learning_rate=5e-3, weight_decay=0.1, warmup_share=0.05, final_share=0.02),
             log_every=20,
-            validate_every=200,
+            validate_every=500,
             checkpoint_every=100,
         ),
-        text_loss_weight=0.2,  # the caption is known; with so few steps it is the codes that count
+        prompt_loss_weight=0.0,  # with so few steps only what is drawn counts
         dropout=0.0,
         activation_checkpointing=False,
         num_workers=2,
@@ -172,14 +178,24 @@ def settings_of(config: Config, *, tokens: Path, output: Path) -> Finetuning:
         loop=config.loop,
         output=output,
         length=config.length,
-        text_loss_weight=config.text_loss_weight,
         is_compiled=config.is_compiled,
         num_validation_rows=config.num_validation_rows,
         model_changes={"dropout": config.dropout, "activation_checkpointing": config.activation_checkpointing},
         lora=config.lora,
         look=look_at_squares,
+        lay_out=partial(lay_out_squares, prompt_loss_weight=config.prompt_loss_weight),
         other_grids=(config.side,),
     )
+
+
+def lay_out_squares(
+    rows: TokenRows, config: TaskConfig, vocabulary: Vocabulary, *, prompt_loss_weight: float
+) -> SequenceBatch:
+    """Token rows in their layout, with a weight of its own for all that comes before the picture to draw."""
+    batch = lay_out_rows(rows, config, vocabulary)
+    is_prompt_BL = (batch.ids == vocabulary.command("ROI2")).cumsum(dim=1) == 0
+    weights_BL = torch.where(is_prompt_BL, prompt_loss_weight * batch.loss_weights, batch.loss_weights)
+    return replace(batch, loss_weights=weights_BL)
 
 
 def look_at_squares(task: LanguageModelTask, step: int) -> Mapping[str, Any]:

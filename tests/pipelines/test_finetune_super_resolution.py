@@ -114,6 +114,20 @@ def test_rows_are_those_of_the_layout(config: Config, tokens: Path, tmp_path: Pa
     assert task.config.layout == TASKS[settings.task]
 
 
+def test_the_prompt_may_count_less_than_what_is_drawn(config: Config, tokens: Path, tmp_path: Path) -> None:
+    batches = [
+        build_task(settings_of(replace(config, prompt_loss_weight=weight), tokens=tokens, output=tmp_path), Ranks())
+        .batch(0, Ranks())
+        .tensors
+        for weight in (1.0, 0.0, 0.5)
+    ]
+    after = GRID**2 + 3  # labels from BASE behind ROI2 to EOI2
+    whole, drawn, half = (batch["loss_weights"] for batch in batches)
+    assert drawn.sum().item() == 4 * after
+    assert (whole > 0).sum().item() > 4 * after
+    assert torch.equal(half, (whole + drawn) / 2)
+
+
 def test_rows_of_other_grids_are_refused(config: Config, tokens: Path) -> None:
     with pytest.raises(ConfigError, match="with side=4 they must be 8 x 8, and besides 4 x 4"):
         settings_of(replace(config, side=4), tokens=tokens, output=Path())
@@ -129,7 +143,11 @@ def test_a_plan_needs_rows(config: Config, tokens: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_refused(config: Config, tmp_path: Path) -> None:
-    for change, message in (({"side": 3}, "side=3"), ({"layout": "mine"}, "choose one of paper, released")):
+    for change, message in (
+        ({"side": 3}, "side=3"),
+        ({"prompt_loss_weight": -1.0}, "give 0 or more"),
+        ({"layout": "mine"}, "choose one of paper, released"),
+    ):
         with pytest.raises(ConfigError, match=message):
             replace(config, **change)
     for change, message in (({"num_scenes": 0}, "num_scenes=0"), ({"validation_share": 0.0}, "both sides need one")):
