@@ -4,7 +4,7 @@ Command: make finetune-fashion DATA=/folder
 Reads:   the Arrow shards of tokenize_pairs; the text tokenizer and the VQGAN that made them; with --checkpoint a model
          that was trained with the same text tokenizer and any image tokenizer
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png
-Time:    smoke: about 6 minutes on two cores
+Time:    smoke: some minutes on two cores, after those for the VQGAN and the tokens
 Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
 """
 

@@ -25,8 +25,7 @@ class StyleJudge(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for before, width in zip((3, *WIDTHS), WIDTHS, strict=False):
-            stride = 1 if before == 3 else 2
-            layers += [nn.Conv2d(before, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(before, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], num_styles))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
