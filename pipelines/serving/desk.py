@@ -141,6 +141,7 @@ class Desk:
                 each = (time.monotonic() - started) / sum(ticket.size for ticket in batch)
                 self._seconds_each += (each - self._seconds_each) / 4
         self._end(self._waiting, "abandoned", RefusedError(503, "the server is ending", retry_after=10))
+        self._waiting = []
 
     def _next_batch(self) -> list[Ticket]:
         """The first in the queue with those that can be drawn together with it; empty when the server ends."""

@@ -66,7 +66,7 @@ class Gate:
             raise RefusedError(403, "requests from pages of other sites are not served")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         is_open = not self.token or request.path in FILES
-        if not is_open and not hmac.compare_digest(given.encode(), self.token.encode()):
+        if not is_open and not hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode()):
             raise RefusedError(401, "this server wants its token; open the page with #token=... at its address")
 
 
@@ -79,7 +79,7 @@ class Site:
 
     def app(self) -> web.Application:
         """The application, with every address that it has."""
-        app = web.Application(middlewares=[self._guard], client_max_size=MAX_IMAGE)
+        app = web.Application(middlewares=[self._guard])
         app.on_response_prepare.append(_secure)
         for path in FILES:
             app.router.add_get(path, self._page)
@@ -98,8 +98,6 @@ class Site:
             return await handler(request)
         except RefusedError as error:
             return refusal(error)
-        except web.HTTPRequestEntityTooLarge:
-            return refusal(RefusedError(413, f"the body is too large; pictures may have {MAX_IMAGE} bytes"))
         except web.HTTPError as error:
             return refusal(RefusedError(error.status, f"{request.method} is not served at this address"))
 

@@ -202,7 +202,7 @@ def test_only_requests_that_are_meant_for_this_server_are_answered(studio: Studi
 
 def test_other_addresses_need_the_token(studio: Studio, config: serve.Config, tmp_path: Path) -> None:
     async def work(served: Served) -> None:
-        for given, status in {"": 401, "Bearer wrong": 401, f"Bearer {TOKEN}": 200}.items():
+        for given, status in {"": 401, "Bearer wrong": 401, "Bearer é": 401, f"Bearer {TOKEN}": 200}.items():
             assert (await post(served, "/draw", GOOD, Authorization=given, Host="10.0.0.1:80"))[0] == status
         assert (await post(served, "/draw", GOOD, Authorization=f"Bearer {TOKEN}", Host="evil.example"))[0] == 421
         async with served.session.get(f"{served.url}/about") as answer:
