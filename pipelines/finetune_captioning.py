@@ -3,7 +3,7 @@
 Command: make finetune-captioning
 Reads:   the outputs of pretrain (or a released GPT, imported), tokenize_pairs and of both tokenizers
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00000500.png
-Time:    smoke: about 2 minutes on two cores
+Time:    smoke: about 5 minutes on two cores
 Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
 """
 
@@ -74,12 +74,12 @@ SMOKE = replace(
     PAPER,
     dropout=0.0,
     loop=LoopConfig(
-        num_steps=800,
+        num_steps=2000,
         global_batch_size=16,
         # As in pretraining, so strong a decay makes the model name combinations that it never saw together.
         optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=400,
+        validate_every=500,
         checkpoint_every=100,
     ),
     activation_checkpointing=False,
