@@ -43,7 +43,7 @@ def poisoned_pairs(poisons: Sequence[bytes]) -> list[list[TextImagePair]]:
         [
             replace(
                 pair,
-                image_bytes=noise(10 * shard + row),
+                image_bytes=patches(10 * shard + row),
                 extra={"sha256": f"{10 * shard + row:064x}", "width": 48, "height": 48},
             )
             for row, pair in enumerate(make_pairs(PAIRS_IN_SHARD, shard=shard))
@@ -55,11 +55,11 @@ def poisoned_pairs(poisons: Sequence[bytes]) -> list[list[TextImagePair]]:
     return shards
 
 
-def noise(seed: int) -> bytes:
-    """A picture like no other."""
+def patches(seed: int) -> bytes:
+    """A picture like no other, also for rules that compare what is left of it when it is small."""
     buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels.repeat(12, axis=0).repeat(12, axis=1)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
