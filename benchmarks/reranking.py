@@ -199,11 +199,11 @@ def plot_curves(found: dict[str, Candidates]) -> "Figure":
     """CapLoss and attribute error against the number of candidates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, some), colour in zip(found.items(), ("#d1495b", "#3b6ea5"), strict=True):
         numbers = np.arange(1, some.losses_PM.shape[1] + 1)
-        left.plot(numbers, some.curve(some.losses_PM, by=some.losses_PM), color=colour, label=f"temperature {name}")
+        left.plot(numbers, some.curve(some.losses_PM, by=some.losses_PM), color=colour)
         errors = 100 * np.array(some.curve(some.errors_PM, by=some.losses_PM))
         right.plot(numbers, errors, color=colour, label=f"self-reranking, temperature {name}")
         oracle = 100 * np.array(some.curve(some.errors_PM, by=some.errors_PM))
@@ -213,7 +213,7 @@ def plot_curves(found: dict[str, Candidates]) -> "Figure":
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e2e5ea", linewidth=0.8)
-        axes.legend(frameon=False)
+    figure.legend(handles=right.get_lines(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
