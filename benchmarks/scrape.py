@@ -269,7 +269,8 @@ def read_stored(side: Path, *, count: int) -> dict[int, Image.Image]:
         for name in [name for name in members if name.endswith(".json")]:
             document = json.loads(members[name])
             url = document["url"] if "url" in document else document["source"]
-            picture = members[name.removesuffix(".json") + ".jpg"]
+            stem = name.removesuffix(".json")
+            picture = next(members[stem + suffix] for suffix in (".jpg", ".png") if stem + suffix in members)
             pictures[int(url.rpartition("/")[2].removesuffix(".jpg"))] = Image.open(io.BytesIO(picture)).convert("RGB")
         if len(pictures) >= count:
             break
