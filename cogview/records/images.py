@@ -172,12 +172,15 @@ def encode_image(
 def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Lanczos on vector instructions: Pillow's own but for the rounding between its two passes, three times as fast.
 
-    Large pictures stay with Pillow, which needs no second copy of them.
+    Large pictures stay with Pillow, which needs no second copy of them; so do all before torch 2.12, which has no
+    Lanczos.
     """
-    if image.mode != "RGB" or image.width * image.height > LARGE_PIXELS:
-        return image.resize(size, Image.Resampling.LANCZOS)
     import torch
     from torch.nn.functional import interpolate
+
+    has_lanczos = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+    if not has_lanczos or image.mode != "RGB" or image.width * image.height > LARGE_PIXELS:
+        return image.resize(size, Image.Resampling.LANCZOS)
 
     # Four bytes a pixel, as Pillow holds them: taking the fourth out and putting it in again would cost more.
     pixels_HWC = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)

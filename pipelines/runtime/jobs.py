@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from cogview.config import config_digest, input_paths, to_plain
 from cogview.errors import ConfigError, ManifestError
-from cogview.locations import addresses_of, find_files, local_folder
 from cogview.shards.manifest import MANIFEST_NAME, file_record, read_json, read_manifest, write_json
 from pipelines.runtime.locks import folder_lock
 from pipelines.runtime.tracking import Tracker, open_tracker
@@ -188,6 +187,8 @@ def digest_input(path: Path | tuple[str, ...], *, field_name: str) -> str:
     A finished output of ours stands for its products, which must still verify. Anything else is listed: relative
     paths, sizes and modification times of all files, which is quick for terabytes and changes when the data does.
     """
+    from cogview.locations import addresses_of, local_folder  # brings pyarrow, which a menu does not need
+
     if not isinstance(path, Path):
         folder = local_folder(addresses_of(path))
         return _digest_of_addresses(path, field_name) if folder is None else digest_input(folder, field_name=field_name)
@@ -211,6 +212,8 @@ def digest_input(path: Path | tuple[str, ...], *, field_name: str) -> str:
 
 
 def _digest_of_addresses(addresses: tuple[str, ...], field_name: str) -> str:
+    from cogview.locations import find_files
+
     files = find_files(addresses, suffixes=(), setting=field_name)
     listing = [f"{file.name}\0{file.size}\0{file.modified}" for file in files]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
