@@ -350,7 +350,7 @@ def _words(name: str) -> str:
 
 JOB = Job(
     name="compare_image_tokenizers",
-    version=1,
+    version=2,
     products=("report.html", "curves.png", "curves.csv", "scores.csv", "reconstructions.png"),
     main=main,
 )

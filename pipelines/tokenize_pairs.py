@@ -391,4 +391,4 @@ def example_rows(folder: Path, *, text_tokenizer: Path) -> list[dict[str, Any]]:
     ]
 
 
-JOB = Job(name="tokenize_pairs", version=1, products=(MANIFEST_NAME,), main=main)
+JOB = Job(name="tokenize_pairs", version=2, products=(MANIFEST_NAME,), main=main)

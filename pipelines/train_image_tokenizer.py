@@ -167,5 +167,5 @@ def main(config: Config, run: JobRun) -> None:
 
 
 JOB = Job(
-    name="train_image_tokenizer", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME, "reconstructions.png"), main=main
+    name="train_image_tokenizer", version=2, products=(WEIGHTS_NAME, SETTINGS_NAME, "reconstructions.png"), main=main
 )
