@@ -1,6 +1,7 @@
 """What many tests share: one Ray for the session, folders for runs, a quiet display, the real data sets."""
 
 import io
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 from pipelines.runtime.cluster import ensure_ray, shutdown_ray
 from pipelines.runtime.display import PlainDisplay
+
+# A shell starts what runs in the background deaf to Ctrl-C, and what that starts as well; here it is heard again.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
