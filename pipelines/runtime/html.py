@@ -25,11 +25,6 @@ def write_html(output: Path, *, template: str, values: Mapping[str, Any]) -> Non
         file.write(html.encode())
 
 
-def data_url(png: bytes) -> str:
-    """A picture inside a URL."""
-    return image_url(png)
-
-
 def image_url(data: bytes) -> str:
     """A PNG or JPEG inside a URL."""
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"

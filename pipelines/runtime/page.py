@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.html import data_url, write_html
+from pipelines.runtime.html import image_url, write_html
 
 TEMPLATE = "page.html"
 
@@ -24,7 +24,7 @@ class PageFigure:
     @property
     def data(self) -> str:
         """The picture inside a URL."""
-        return data_url(self.path.read_bytes())
+        return image_url(self.path.read_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cogview.shards.manifest import MANIFEST_NAME, read_json
-from pipelines.runtime.html import data_url, write_html
+from pipelines.runtime.html import image_url, write_html
 
 TEMPLATE = "report.html"
 FACTS = ("preset", "data", "state", "started", "error")
@@ -110,7 +110,7 @@ def _pictures(stages: Iterable[Stage], wanted: Iterable[tuple[str, str, str]]) -
     """The pictures that are there; of a pattern of steps the last few."""
     folders = {stage.job: stage.folder for stage in stages}
     return [
-        {"title": f"{title}, {path.stem}" if "*" in pattern else title, "data": data_url(path.read_bytes())}
+        {"title": f"{title}, {path.stem}" if "*" in pattern else title, "data": image_url(path.read_bytes())}
         for job, pattern, title in wanted
         if job in folders
         for path in sorted(folders[job].glob(pattern))[-MAX_STEPS_SHOWN:]
@@ -175,9 +175,9 @@ def _configs(stages: Iterable[Stage]) -> list[dict[str, str]]:
 def _picture_url(path: Path) -> str:
     with Image.open(path) as picture:
         if max(picture.size) <= MAX_PICTURE_SIDE:
-            return data_url(path.read_bytes())
+            return image_url(path.read_bytes())
         smaller = picture.convert("RGB")
     smaller.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     buffer = io.BytesIO()
     smaller.save(buffer, format="PNG")
-    return data_url(buffer.getvalue())
+    return image_url(buffer.getvalue())
