@@ -211,7 +211,8 @@ class _Loop:
         norm = self.weights.clip_gradients(self.config.optimizer.clip_norm)
         # Counted over the workers, so that all of them decide alike.
         not_finite = ~torch.isfinite(torch.stack([loss_sum, norm]))
-        is_asked = torch.tensor([(self.output / STOP_NAME).exists()], device=not_finite.device)
+        has_word = self.ranks.rank == 0 and (self.output / STOP_NAME).exists()
+        is_asked = torch.tensor([has_word], device=not_finite.device)
         bad_losses, bad_norms, stops = self._sum_over_ranks(torch.cat([not_finite, is_asked]).double()).tolist()
         if bad_losses or bad_norms:
             self._skip(step, is_overflow=not bad_losses)

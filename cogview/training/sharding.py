@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
@@ -44,7 +43,7 @@ class ShardedWeights:
             raise ConfigError("sharding='full' spreads the layers of a GPT, and there is none; choose sharding='none'")
         self.module, self.model = module, models[0]
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         narrow = None if precision == "fp32" else DTYPES[precision]
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
