@@ -10,7 +10,7 @@ import threading
 import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -175,18 +175,23 @@ def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     Large pictures stay with Pillow, which needs no second copy of them; so do all before torch 2.12, which has no
     Lanczos.
     """
+    if image.mode != "RGB" or image.width * image.height > LARGE_PIXELS or not _has_lanczos():
+        return image.resize(size, Image.Resampling.LANCZOS)
     import torch
     from torch.nn.functional import interpolate
-
-    has_lanczos = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-    if not has_lanczos or image.mode != "RGB" or image.width * image.height > LARGE_PIXELS:
-        return image.resize(size, Image.Resampling.LANCZOS)
 
     # Four bytes a pixel, as Pillow holds them: taking the fourth out and putting it in again would cost more.
     pixels_HWC = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
     pixels_1CHW = pixels_HWC.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
     small_1CHW = interpolate(pixels_1CHW, size=size[::-1], mode="lanczos", antialias=True)
     return Image.frombytes("RGB", size, small_1CHW.permute(0, 2, 3, 1).numpy().tobytes(), "raw", "RGBX")
+
+
+@cache
+def _has_lanczos() -> bool:
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def _refuse_bytes(data: bytes) -> Unusable | None:
