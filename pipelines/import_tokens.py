@@ -30,9 +30,9 @@ from cogview.shards.split import HASH_RANGE, split_of
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.stored import load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.tasks.origins import origin_of
 
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
 
@@ -88,14 +88,7 @@ def main(config: Config, run: JobRun) -> None:
 def token_origin(config: Config, *, text: Path, image: Path) -> TokenOrigin:
     """What the rows were made with, by the word of whoever names the tokenizers."""
     pieces, codes = TextTokenizer.load(text), load_image_tokenizer(image)
-    return TokenOrigin(
-        text_tokenizer=pieces.fingerprint,
-        image_tokenizer=codes.fingerprint,
-        vocabulary=Vocabulary(codes.num_codes, pieces.num_pieces).fingerprint,
-        num_image_codes=codes.num_codes,
-        num_text_pieces=pieces.num_pieces,
-        grid=config.grid or GRIDS.get(config.layout, GRIDS["cogview"]),
-    )
+    return origin_of(pieces, codes, grid=config.grid or GRIDS.get(config.layout, GRIDS["cogview"]))
 
 
 def row_layout(config: Config, origin: TokenOrigin) -> RowLayout:

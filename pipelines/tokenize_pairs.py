@@ -37,11 +37,11 @@ from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.pixels import CENTRE, CropConfig, cut_square, pixel_batch
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
 from pipelines.runtime.cluster import usable_cpus
 from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
 from pipelines.runtime.shard_plan import ShardStep, shard_plan_lines, try_rows
+from pipelines.tasks.origins import origin_of
 
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
 KEPT = [("status", "=", "ok")]  # of the candidates in a Parquet of filter_pairs
@@ -186,15 +186,7 @@ def token_origin(inputs: Inputs, *, image_sizes: Sequence[int]) -> TokenOrigin:
                 f"image_size is {size}; with this image tokenizer it must be a multiple of {image.stride}"
             )
     grid, *other_grids = (size // image.stride for size in image_sizes)
-    return TokenOrigin(
-        text_tokenizer=text.fingerprint,
-        image_tokenizer=image.fingerprint,
-        vocabulary=Vocabulary(image.num_codes, text.num_pieces).fingerprint,
-        num_image_codes=image.num_codes,
-        num_text_pieces=text.num_pieces,
-        grid=grid,
-        other_grids=tuple(other_grids),
-    )
+    return origin_of(text, image, grid=grid, other_grids=other_grids)
 
 
 def validation_threshold(pairs: Path, *, shards: Sequence[dict[str, Any]], fraction: float) -> int:

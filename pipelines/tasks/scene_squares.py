@@ -27,7 +27,7 @@ from cogview.shards.schema import SPLITS, TokenOrigin
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
+from pipelines.tasks.origins import origin_of
 
 SCENES_AT_ONCE = 32
 SOURCE = "demo scenes"
@@ -84,15 +84,7 @@ def write_scene_squares(
             f"scenes.image_size={config.image_size}: with side={side} and {image.stride} pixels to a code, give a "
             f"multiple of {image.stride} from {side * image.stride} on"
         )
-    origin = TokenOrigin(
-        text_tokenizer=text.fingerprint,
-        image_tokenizer=image.fingerprint,
-        vocabulary=Vocabulary(image.num_codes, text.num_pieces).fingerprint,
-        num_image_codes=image.num_codes,
-        num_text_pieces=text.num_pieces,
-        grid=SCALE * side,
-        other_grids=(side,),
-    )
+    origin = origin_of(text, image, grid=SCALE * side, other_grids=(side,))
     scenes = list(corpus(config.seed, config.num_scenes))
     first_held_out = config.num_scenes - config.num_validation
     rows: dict[str, list[TokenRow]] = {split: [] for split in SPLITS}

@@ -22,13 +22,13 @@ from cogview.records.images import decode_image
 from cogview.records.pair import Failure, Unusable
 from cogview.records.styles import StyledPicture, read_styles
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, atomic_file, read_manifest, shard_name, write_manifest
-from cogview.shards.schema import SPLITS, TokenOrigin
+from cogview.shards.schema import SPLITS
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.pixels import pixel_batch, square_pixels
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
 from pipelines.runtime.jobs import JobRun
+from pipelines.tasks.origins import origin_of
 
 REJECTED_NAME = "rejected.parquet"
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "reason", "detail")])
@@ -125,14 +125,7 @@ def _require_pictures(encoded: _Encoded, *, data: StyleData) -> None:
 
 
 def _write(encoded: _Encoded, *, data: StyleData, text: TextTokenizer, image: AnyImageTokenizer, output: Path) -> None:
-    origin = TokenOrigin(
-        text_tokenizer=text.fingerprint,
-        image_tokenizer=image.fingerprint,
-        vocabulary=Vocabulary(image.num_codes, text.num_pieces).fingerprint,
-        num_image_codes=image.num_codes,
-        num_text_pieces=text.num_pieces,
-        grid=data.grid,
-    )
+    origin = origin_of(text, image, grid=data.grid)
     rows: dict[str, list[TokenRow]] = {split: [] for split in SPLITS}
     counts: dict[str, int] = {}
     for number, (style, pictures) in enumerate(sorted(encoded.chosen.items())):
