@@ -25,8 +25,9 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import held_out_prompts
 from cogview.shards.manifest import read_json
 from cogview.training.loop import Ranks, train
-from pipelines.pretrain import PRESETS, TaskSettings, build_task
+from pipelines.pretrain import PRESETS, build_task
 from pipelines.tasks.language_model import Inputs, LanguageModelTask
+from pipelines.tasks.new_weights import TaskSettings
 
 WEIGHTS = (0.5, 0.0)
 BATCH = 50

@@ -10,7 +10,6 @@ Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts not
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,24 @@ from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.pivots import SparseConfig
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, load_model
 from cogview.models.sizes import SIZES
-from cogview.models.transplanted import TokenPlaces, transplant
+from cogview.models.transplanted import TokenPlaces, require_kin, transplant
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import PROMPT_COMMANDS, require_fingerprints
-from cogview.sequences.batch import SequenceConfig
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun
-from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
-from pipelines.tasks.language_model import (
-    PRODUCERS,
-    Inputs,
-    LanguageModelTask,
-    Parts,
-    TaskConfig,
-    require_inputs,
+from pipelines.tasks.language_model import PRODUCERS, SCORES, LanguageModelTask, Parts, require_inputs
+from pipelines.tasks.new_weights import (
+    LAYOUT,
+    TaskSettings,
+    fitted,
+    start_from_codebook,
+    task_around,
+    training_plan,
 )
-from pipelines.tasks.new_weights import LAYOUT, draw_samples, fitted, row_length, start_from_codebook
-
-SCORES = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +115,8 @@ def main(config: Config, run: JobRun) -> None:
     """Check that everything belongs together, then train on Ray."""
     settings = TaskSettings(config=config, output=run.output, inputs=require_inputs(config))
     parts = settings.inputs.load()
-    published = start(config, parts)[1] if config.checkpoint else {}  # what does not fit is said before Ray starts
     shape = fitted(config.model, parts, max_text=config.max_text)
+    old = given_model(config, parts)  # what does not fit is said before Ray starts
     weights = count_parameters(shape)
     run.tracker.log_inputs({name: run.inputs[name] for name in ("tokens", "checkpoint") if name in run.inputs})
     origin = f"from {config.checkpoint}" if config.checkpoint else "new"
@@ -130,7 +125,7 @@ def main(config: Config, run: JobRun) -> None:
         build=build_task,
         config=settings,
         loop=config.loop,
-        identity={"digest": run.digest, **published},
+        identity={"digest": run.digest, **(old.published if old else {})},
         output=run.output,
         num_workers=config.num_workers,
     )
@@ -148,63 +143,49 @@ def resolve(config: Config, *, root: Path) -> Config:
 
 def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
-    model, length = config.model, config.model.max_positions
-    if config.tokens and config.text_tokenizer and config.image_tokenizer:
-        parts = require_inputs(config).load()
-        model, length = fitted(model, parts, max_text=config.max_text), row_length(parts, max_text=config.max_text)
-    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """What a worker builds its task from."""
-
-    config: Config
-    output: Path
-    inputs: Inputs
+    return training_plan(config, gpu_memory=gpu_memory)
 
 
 def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
     """Runs on each worker."""
     config, parts = settings.config, settings.inputs.load()
-    gpt, published = start(config, parts)
-    if config.is_compiled:
-        gpt.compile_layers()
-    sequence = SequenceConfig(
-        length=row_length(parts, max_text=config.max_text),
-        text_loss_weight=config.text_loss_weight,
-        is_image_fixed=config.is_image_fixed,
-    )
-    task = TaskConfig(
-        layout=LAYOUT,
-        sequence=sequence,
-        loop=config.loop,
-        output=settings.output,
-        num_validation_rows=config.num_validation_rows,
-        look=partial(draw_samples, number=config.num_samples, sampling=config.sampling),
-        published=published,
-    )
-    return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
-
-
-def start(config: Config, parts: Parts) -> tuple[GPT, dict[str, str]]:
-    """The model to train, and what it started from."""
     torch.manual_seed(config.loop.seed)
     gpt = GPT(fitted(config.model, parts, max_text=config.max_text))
     start_from_codebook(gpt, parts)
+    old = given_model(config, parts)
+    if old is not None:
+        transplant(old.gpt, gpt, old_places=old.old_places, new_places=old.new_places)
+    published = old.published if old else {}
+    return task_around(gpt, settings, parts=parts, ranks=ranks, sampling=config.sampling, published=published)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A checkpoint to go on from, mapped to its file, and where its tokens and those of the new model lie."""
+
+    gpt: GPT
+    old_places: TokenPlaces
+    new_places: TokenPlaces
+    published: dict[str, str]
+
+
+def given_model(config: Config, parts: Parts) -> Given | None:
+    """The checkpoint of the config, if there is one; raises what does not fit."""
     if config.checkpoint is None:
-        return gpt, {}
-    old, settings = load_model(config.checkpoint)
+        return None
+    gpt, settings = load_model(config.checkpoint)
     text_alone = {"text_tokenizer": parts.fingerprints["text_tokenizer"]}
     require_fingerprints(settings["fingerprints"], found=text_alone, where=config.checkpoint)
+    old_places = places_of(gpt, settings, parts, where=config.checkpoint)
     new_places = TokenPlaces(
         image_ids=parts.vocabulary.image_ids,
         num_others=parts.vocabulary.num_ids - len(parts.vocabulary.image_ids),
         first_image=config.max_text + PROMPT_COMMANDS,
         grid=parts.train.grid,
     )
-    transplant(old, gpt, old_places=places_of(old, settings, parts, where=config.checkpoint), new_places=new_places)
-    return gpt, {"started_from": settings["sha256"]}
+    shape = fitted(config.model, parts, max_text=config.max_text)
+    require_kin(gpt.config, shape, old_places=old_places, new_places=new_places)
+    return Given(gpt=gpt, old_places=old_places, new_places=new_places, published={"started_from": settings["sha256"]})
 
 
 def places_of(old: GPT, settings: Mapping[str, Any], parts: Parts, *, where: Path) -> TokenPlaces:

@@ -9,22 +9,18 @@ Time:    smoke: about a minute on two cores
 Before:  --plan [--gpu-memory 24] tells memory, tokens and steps, and starts nothing
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from cogview.config import input_field, runtime_field
-from cogview.errors import CheckpointError, ConfigError
+from cogview.errors import ConfigError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
-from cogview.models.gpt import GPTConfig
 from cogview.models.lora import LoRAConfig
-from cogview.models.pivots import SparseConfig
-from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
+from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, read_settings, shape_of
 from cogview.models.sizes import SIZES
 from cogview.records.styles import check_template
 from cogview.sampling.choice import SamplingConfig
@@ -171,8 +167,7 @@ def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
     model, length = SIZES["4b"], SIZES["4b"].max_positions
     if config.checkpoint is not None:
         settings = read_settings(config.checkpoint)
-        shape = dict(settings["config"])
-        model, length = GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))}), settings["length"]
+        model, length = shape_of(settings), settings["length"]
     return plan_lines(
         replace(model, activation_checkpointing=config.activation_checkpointing),
         loop=config.loop,
@@ -213,17 +208,6 @@ def draw(painter: TextToImage, captions: Sequence[str], *, config: Config) -> li
         with torch.inference_mode():
             pictures += to_pictures(painter.decode(codes_Bhw))
     return pictures
-
-
-def read_settings(checkpoint: Path) -> dict[str, Any]:
-    """What a published model says of itself, without its weights. CheckpointError if there is none."""
-    try:
-        settings: dict[str, Any] = json.loads((checkpoint / SETTINGS_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} holds no trained model ({error}); give the output folder of pretrain"
-        ) from error
-    return settings
 
 
 JOB = Job(name="finetune_style", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME, SHEET_NAME), main=main)

@@ -9,7 +9,6 @@ Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts not
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +17,13 @@ from cogview.config import input_field, runtime_field
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
-from cogview.sequences.batch import SequenceConfig
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.jobs import Job, JobRun
-from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
-from pipelines.tasks.language_model import Inputs, LanguageModelTask, TaskConfig, require_inputs
-from pipelines.tasks.new_weights import LAYOUT, draw_samples, fitted, row_length, start_from_codebook
+from pipelines.tasks.language_model import SCORES, LanguageModelTask, require_inputs
+from pipelines.tasks.new_weights import TaskSettings, fitted, start_from_codebook, task_around, training_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +110,7 @@ def main(config: Config, run: JobRun) -> None:
         num_workers=config.num_workers,
     )
     last = train_on_ray(job, run=run)
-    names = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
-    run.scores.update({name: last[name] for name in names if name in last})
+    run.scores.update({name: last[name] for name in SCORES if name in last})
     tokens = config.loop.num_steps * config.loop.global_batch_size * last["tokens_per_row"]
     run.scores.update(tokens=round(tokens), parameters=weights)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
@@ -122,20 +118,7 @@ def main(config: Config, run: JobRun) -> None:
 
 def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
-    model, length = config.model, config.model.max_positions
-    if config.tokens and config.text_tokenizer and config.image_tokenizer:
-        parts = require_inputs(config).load()
-        model, length = fitted(model, parts, max_text=config.max_text), row_length(parts, max_text=config.max_text)
-    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """What a worker builds its task from."""
-
-    config: Config
-    output: Path
-    inputs: Inputs
+    return training_plan(config, gpu_memory=gpu_memory)
 
 
 def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
@@ -145,22 +128,7 @@ def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:
     gpt = GPT(fitted(config.model, parts, max_text=config.max_text))
     if config.embeddings_from_codebook:
         start_from_codebook(gpt, parts)
-    if config.is_compiled:
-        gpt.compile_layers()
-    sequence = SequenceConfig(
-        length=row_length(parts, max_text=config.max_text),
-        text_loss_weight=config.text_loss_weight,
-        is_image_fixed=config.is_image_fixed,
-    )
-    task = TaskConfig(
-        layout=LAYOUT,
-        sequence=sequence,
-        loop=config.loop,
-        output=settings.output,
-        num_validation_rows=config.num_validation_rows,
-        look=partial(draw_samples, number=config.num_samples),
-    )
-    return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
+    return task_around(gpt, settings, parts=parts, ranks=ranks)
 
 
 JOB = Job(name="pretrain", version=1, products=(WEIGHTS_NAME, SETTINGS_NAME), main=main)

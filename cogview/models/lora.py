@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.models.gpt import GPT, GPTConfig
-from cogview.models.published import WEIGHTS_NAME, file_sha256, load_model, save_weights
+from cogview.models.published import (
+    WEIGHTS_NAME,
+    file_sha256,
+    load_model,
+    read_settings,
+    read_tensors,
+    save_weights,
+)
 
 ADAPTERS_NAME = "lora.safetensors"
 ADAPTER_SETTINGS_NAME = "lora.json"
@@ -117,7 +123,8 @@ def merge_adapters(base: Path, adapters: Path, output: Path) -> None:
     The base is read from its file, so that training in half precision costs the frozen weights nothing. Raises
     CheckpointError when a file is missing or damaged, or the adapters belong to other weights.
     """
-    settings, updates = _load_adapters(adapters)
+    settings = read_settings(adapters, ADAPTER_SETTINGS_NAME, what="adapters")
+    updates = read_tensors(adapters / ADAPTERS_NAME, sha256=settings["sha256"])
     model, base_settings = load_model(base)
     if base_settings["sha256"] != settings["base_sha256"]:
         raise CheckpointError(
@@ -133,20 +140,3 @@ def merge_adapters(base: Path, adapters: Path, output: Path) -> None:
     ours = ("base_sha256", "sha256", "config")
     told = {name: value for name, value in settings.items() if name not in ours}
     save_weights(weights, output, config=model.config, settings=told)
-
-
-def _load_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = folder / ADAPTERS_NAME
-    try:
-        settings: dict[str, Any] = json.loads((folder / ADAPTER_SETTINGS_NAME).read_text())
-        digest = file_sha256(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no adapters ({error}); give the output of a finetuning with a rank"
-        ) from error
-    if digest != settings["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its sha256 is not that of {ADAPTER_SETTINGS_NAME}")
-    try:
-        return settings, load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error

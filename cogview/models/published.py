@@ -42,23 +42,43 @@ def load_model(folder: Path) -> tuple[GPT, dict[str, Any]]:
     It is laid out without memory and takes its weights from the file, to which they stay mapped until they are
     changed or moved: a large model is never held twice. CheckpointError when files are missing, damaged or do not fit.
     """
-    try:
-        settings: dict[str, Any] = json.loads((folder / SETTINGS_NAME).read_text())
-        digest = file_sha256(folder / WEIGHTS_NAME)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no trained model ({error}); give the output folder of pretrain"
-        ) from error
-    if digest != settings["sha256"]:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged: its sha256 is not that of {SETTINGS_NAME}")
-    shape = dict(settings["config"])
+    settings = read_settings(folder)
+    weights = read_tensors(folder / WEIGHTS_NAME, sha256=settings["sha256"])
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))}))
+        model = GPT(shape_of(settings))
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_NAME), assign=True)
-    except (RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} does not fit {SETTINGS_NAME}: {error}") from error
     return model.eval(), settings
+
+
+def read_settings(folder: Path, name: str = SETTINGS_NAME, *, what: str = "trained model") -> dict[str, Any]:
+    """The JSON beside published weights. CheckpointError if there is none, or it does not tell their sha256."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / name).read_text())
+        settings["sha256"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no {what} ({error!r}); give the output folder of a training job"
+        ) from error
+    return settings
+
+
+def shape_of(settings: Mapping[str, Any]) -> GPTConfig:
+    """The config of the model that these settings belong to."""
+    shape = dict(settings["config"])
+    return GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))})
+
+
+def read_tensors(path: Path, *, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped to it. CheckpointError if it is missing or is not the one published."""
+    try:
+        if file_sha256(path) != sha256:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one that was published with it")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} holds no weights ({error}); train again, or fetch it anew") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.errors import ConfigError
-from cogview.models.gpt import GPT
+from cogview.models.gpt import GPT, GPTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,10 @@ class TokenPlaces:
     grid: int
 
 
-@torch.no_grad()
-def transplant(old: GPT, new: GPT, *, old_places: TokenPlaces, new_places: TokenPlaces) -> None:
-    """Give the new model what the old one has learned, in place. ConfigError when their blocks differ in shape."""
+def require_kin(old: GPTConfig, new: GPTConfig, *, old_places: TokenPlaces, new_places: TokenPlaces) -> None:
+    """ConfigError when blocks differ in shape or other text pieces are read, so that nothing can be taken over."""
     for name in ("num_layers", "hidden_size", "num_heads", "sandwich_ln"):
-        before, after = getattr(old.config, name), getattr(new.config, name)
+        before, after = getattr(old, name), getattr(new, name)
         if before != after:
             raise ConfigError(
                 f"model.{name}={after}: the checkpoint has {before}; take the checkpoint's, or start from new weights"
@@ -44,6 +43,12 @@ def transplant(old: GPT, new: GPT, *, old_places: TokenPlaces, new_places: Token
             f"the checkpoint has {old_places.num_others} text pieces and commands, and the rows have "
             f"{new_places.num_others}; make the rows with the text tokenizer of the checkpoint"
         )
+
+
+@torch.no_grad()
+def transplant(old: GPT, new: GPT, *, old_places: TokenPlaces, new_places: TokenPlaces) -> None:
+    """Give the new model what the old one has learned, in place. ConfigError: see `require_kin`."""
+    require_kin(old.config, new.config, old_places=old_places, new_places=new_places)
     new.transformer.layers.load_state_dict(old.transformer.layers.state_dict())
     new.transformer.final_layernorm.load_state_dict(old.transformer.final_layernorm.state_dict())
     before, after = old_places.image_ids.stop, new_places.image_ids.stop

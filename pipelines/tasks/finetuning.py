@@ -5,21 +5,19 @@ weights. Out: weights in the same form. A job fills in `Finetuning` and calls `f
 look at held-out rows, batches of two images, changes to the model) is a function or a field there.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogview.errors import CheckpointError, ConfigError
-from cogview.models.continued import continued
-from cogview.models.gpt import GPT, GPTConfig
-from cogview.models.lora import LoRAConfig, add_lora, merge_adapters, save_adapters
-from cogview.models.pivots import SparseConfig
-from cogview.models.published import SETTINGS_NAME, load_model, save_model
+from cogview.errors import ConfigError
+from cogview.models.continued import continued, continued_config
+from cogview.models.gpt import GPT, GPTConfig, count_parameters
+from cogview.models.lora import LoRAConfig, add_lora, count_adapters, merge_adapters, save_adapters
+from cogview.models.published import SETTINGS_NAME, load_model, read_settings, save_model, shape_of
 from cogview.sampling.text_to_image import require_fingerprints
 from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
@@ -30,6 +28,7 @@ from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
 from pipelines.tasks.language_model import (
     PRODUCERS,
+    SCORES,
     Inputs,
     LanguageModelTask,
     LayOut,
@@ -40,8 +39,6 @@ from pipelines.tasks.language_model import (
 )
 
 SOURCES = {"checkpoint": "pretrain", **PRODUCERS}  # the fields of a finetune's config, for `fill_from_chain`
-SCORES = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
-Adapt = Callable[[GPT], GPT]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +47,9 @@ class Finetuning:
 
     checkpoint: the weights to start from; task: a name in TASKS; length: tokens of a full row before the shift, 0 for
     what the texts of pretraining need in this layout; text_loss_weight: of the labels whose input is not an image code.
-    is_image_fixed: None for the rule of the checkpoint. Positions beyond its table are added to it, model_changes are
-    made (see `continued`), and adapt has the last word on the model before it is trained. lora: with a rank, only
-    adapters are trained; they are published beside weights that they are merged into.
+    is_image_fixed: None for the rule of the checkpoint. Positions beyond its table are added to it, and
+    model_changes are made (see `continued`). lora: with a rank, only adapters are trained; they are published beside
+    weights that they are merged into.
     look, lay_out, other_grids: see `TaskConfig`; published: more entries for `model.json`, where `task` tells what was
     finetuned.
     """
@@ -68,24 +65,29 @@ class Finetuning:
     is_compiled: bool = False
     num_validation_rows: int = 256
     model_changes: Mapping[str, Any] = field(default_factory=dict)
-    adapt: Adapt | None = None
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     look: Look | None = None
     lay_out: LayOut = lay_out_rows
     other_grids: tuple[int, ...] = ()
     published: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self) -> tuple[GPT, Parts, TaskConfig]:
-        """The model to train, the rows, and what is done with them.
+    def start(self) -> "Started":
+        """The model as it was published, mapped to its file, the rows, and what will be done with them.
 
-        Raises VocabularyError if the rows or tokenizers are not those of the checkpoint.
+        Raises VocabularyError if the rows or tokenizers are not those of the checkpoint, ConfigError if adapters would
+        have to teach new positions.
         """
         parts = self.inputs.load()
         gpt, settings = load_model(self.checkpoint)
         require_fingerprints(settings["fingerprints"], found=parts.fingerprints, where=self.checkpoint)
         sequence = self.sequence(settings, grid=parts.train.grid)
         num_positions = self.num_positions(sequence, grid=parts.train.grid)
-        gpt = continued(gpt, min_positions=num_positions, changes=self.model_changes)
+        if self.lora.rank and num_positions > gpt.config.max_positions:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank}: adapters teach no new positions, and these rows need {num_positions} "
+                f"where the model has {gpt.config.max_positions}; shorten the rows, or train all weights with "
+                "--lora.rank 0"
+            )
         config = TaskConfig(
             layout=TASKS[self.task],
             sequence=sequence,
@@ -98,24 +100,20 @@ class Finetuning:
             published={"task": self.task, "started_from": settings["sha256"], **self._grids(), **self.published},
             save=partial(publish_adapters, base=self.checkpoint, lora=self.lora) if self.lora.rank else save_model,
         )
-        if self.lora.rank:
-            self._freeze(gpt, positions=settings["config"]["max_positions"])
-        return (self.adapt(gpt) if self.adapt else gpt), parts, config
+        shape = continued_config(gpt.config, min_positions=num_positions, changes=self.model_changes)
+        return Started(gpt=gpt, shape=shape, parts=parts, config=config)
 
-    def _freeze(self, gpt: GPT, *, positions: int) -> None:
-        """Adapters, and the frozen weights in the run's precision: on a GPU they are never there in another.
+    def model(self, started: "Started") -> GPT:
+        """The model to train: all of it in fp32, or adapters on frozen weights in the run's precision.
 
-        Sharded ones stay in fp32, as all that is sharded.
+        So the frozen ones are never on a GPU in another; sharded ones stay in fp32, as all that is sharded.
         """
-        if gpt.config.max_positions > positions:
-            raise ConfigError(
-                f"lora.rank={self.lora.rank}: adapters teach no new positions, and these rows need "
-                f"{gpt.config.max_positions} where the model has {positions}; shorten the rows, or train all weights "
-                "with --lora.rank 0"
-            )
-        if self.loop.sharding == "none":
-            gpt.to(DTYPES[self.loop.precision])
-        add_lora(gpt, self.lora, seed=self.loop.seed)
+        gpt = continued(started.gpt, min_positions=started.shape.max_positions, changes=self.model_changes)
+        if self.lora.rank:
+            if self.loop.sharding == "none":
+                gpt.to(DTYPES[self.loop.precision])
+            add_lora(gpt, self.lora, seed=self.loop.seed)
+        return gpt
 
     def sequence(self, settings: Mapping[str, Any], *, grid: int) -> SequenceConfig:
         """How rows are laid out. settings: `model.json` of the checkpoint; grid: of the rows."""
@@ -145,6 +143,16 @@ class Finetuning:
         return {"other_grids": list(self.other_grids)} if self.other_grids else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A finetune before its first step. gpt: as it was published; shape: of the model that will be trained."""
+
+    gpt: GPT
+    shape: GPTConfig
+    parts: Parts
+    config: TaskConfig
+
+
 def image_tokens(grid: int, other_grids: Sequence[int]) -> list[int]:
     """How many codes each image of a row has: those at other grids come first."""
     return [side**2 for side in (*other_grids, grid)]
@@ -152,15 +160,17 @@ def image_tokens(grid: int, other_grids: Sequence[int]) -> list[int]:
 
 def finetune(settings: Finetuning, *, run: JobRun, num_workers: int) -> dict[str, float]:
     """Train on Ray to the end; the scores of the run are set, and the last values of all metrics returned."""
-    gpt, parts, config = settings.start()  # before Ray starts: whatever does not fit together is said now
-    weights = sum(parameter.numel() for parameter in gpt.parameters())
-    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+    started = settings.start()  # before Ray starts: whatever does not fit together is said now
+    parts, config = started.parts, started.config
+    weights = trained = count_parameters(started.shape)
+    if settings.lora.rank:
+        trained = count_adapters(started.shape, settings.lora)
+        weights += trained
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", ""), "checkpoint": run.inputs.get("checkpoint", "")})
     run.say(
         f"{settings.task}: {len(parts.train):,} rows of up to {config.sequence.length} tokens, {weights:,} parameters"
         + (f", {trained:,} of them trained" if trained < weights else "")
     )
-    del gpt
     job = TrainingJob(
         build=build_task,
         config=settings,
@@ -185,28 +195,23 @@ def publish_adapters(gpt: GPT, output: Path, *, settings: Mapping[str, Any], bas
 def build_task(settings: Finetuning, ranks: Ranks) -> LanguageModelTask:
     """Runs on each worker."""
     torch.manual_seed(settings.loop.seed)
-    gpt, parts, config = settings.start()
+    started = settings.start()
+    gpt = settings.model(started)
     if settings.is_compiled:
         gpt.compile_layers()
-    return LanguageModelTask(gpt, parts=parts, config=config, ranks=ranks)
+    return LanguageModelTask(gpt, parts=started.parts, config=started.config, ranks=ranks)
 
 
 def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float | None) -> Iterator[str]:
     """What `--plan` tells of a finetune, from the shapes alone: the weights are not read."""
-    try:
-        stored = json.loads((settings.checkpoint / SETTINGS_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{settings.checkpoint} holds no trained model ({error})") from error
+    stored = read_settings(settings.checkpoint)
     grid = settings.inputs.load().train.grid
     sequence = settings.sequence(stored, grid=grid)
-    num_positions, length = settings.num_positions(sequence, grid=grid), sequence.length
-    shape = dict(stored["config"])
-    model = GPTConfig(**{**shape, "sparse": SparseConfig(**shape.get("sparse", {}))})
-    model = replace(model, max_positions=max(model.max_positions, num_positions), **settings.model_changes)
+    num_positions = settings.num_positions(sequence, grid=grid)
     return plan_lines(
-        model,
+        continued_config(shape_of(stored), min_positions=num_positions, changes=settings.model_changes),
         loop=settings.loop,
-        length=length - 1,
+        length=sequence.length - 1,
         num_workers=num_workers,
         gpu_memory=gpu_memory,
         lora=settings.lora,

@@ -37,6 +37,7 @@ PRODUCERS = {
     "text_tokenizer": "train_text_tokenizer",
     "image_tokenizer": "train_image_tokenizer",
 }
+SCORES = ("loss", "image_loss", "text_loss", "validation_image_loss", "validation_text_loss", "skipped_steps")
 VALIDATION_ROWS_AT_ONCE = 32
 
 

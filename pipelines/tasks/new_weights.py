@@ -4,8 +4,10 @@ In: rows and tokenizers that belong together, and a shape. Out: the config that 
 that it draws on the way. What pretraining and the fashion model share (CogView, sections 2.3 and 3.4).
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,62 @@ from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
+from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
 from cogview.tokenizers.dvae import DVAETokenizer
-from pipelines.tasks.language_model import LanguageModelTask, Parts
+from cogview.training.loop import Ranks
+from pipelines.runtime.plan import plan_lines
+from pipelines.tasks.language_model import Inputs, LanguageModelTask, Parts, TaskConfig, require_inputs
 
 LAYOUT = TASKS["text_to_image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What a worker builds its task from. config: of pretrain, or one with the same fields."""
+
+    config: Any
+    output: Path
+    inputs: Inputs
+
+
+def task_around(
+    gpt: GPT,
+    settings: TaskSettings,
+    *,
+    parts: Parts,
+    ranks: Ranks,
+    sampling: SamplingConfig | None = None,
+    published: Mapping[str, Any] | None = None,
+) -> LanguageModelTask:
+    """A task for the training loop. sampling: how pictures are drawn on the way; published: more for `model.json`."""
+    config = settings.config
+    if config.is_compiled:
+        gpt.compile_layers()
+    sequence = SequenceConfig(
+        length=row_length(parts, max_text=config.max_text),
+        text_loss_weight=config.text_loss_weight,
+        is_image_fixed=config.is_image_fixed,
+    )
+    task = TaskConfig(
+        layout=LAYOUT,
+        sequence=sequence,
+        loop=config.loop,
+        output=settings.output,
+        num_validation_rows=config.num_validation_rows,
+        look=partial(draw_samples, number=config.num_samples, sampling=sampling),
+        published=published or {},
+    )
+    return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
+
+
+def training_plan(config: Any, *, gpu_memory: float | None) -> Iterator[str]:
+    """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
+    model, length = config.model, config.model.max_positions
+    if config.tokens and config.text_tokenizer and config.image_tokenizer:
+        parts = require_inputs(config).load()
+        model, length = fitted(model, parts, max_text=config.max_text), row_length(parts, max_text=config.max_text)
+    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
 
 
 def fitted(model: GPTConfig, parts: Parts, *, max_text: int) -> GPTConfig:

@@ -94,7 +94,9 @@ def test_an_imported_model_in_half_precision_is_a_start_too(settings: Finetuning
     model, stored = load_model(settings.checkpoint)
     imported = {**stored, "sources": {"mp_rank_00_model_states.pt": "0" * 64}, "is_image_fixed": False}
     save_model(model.half(), tmp_path / "imported", settings=imported)
-    gpt, _, config = replace(settings, checkpoint=tmp_path / "imported").start()
+    half = replace(settings, checkpoint=tmp_path / "imported")
+    started = half.start()
+    gpt, config = half.model(started), started.config
     assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
     assert config.sequence.length == LENGTH + 1  # one command token more than in pretraining: SEP
     assert gpt.config.max_positions == LENGTH, "the last token of a row is only a label"
