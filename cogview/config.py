@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cogview.errors import ConfigError
+
 ROLE = "role"
 
 
@@ -32,6 +34,13 @@ def runtime_field(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
 def later_field(default: Any) -> Any:
     """A semantic field that older runs did not have. At its default, which was their way, the digest is theirs."""
     return dataclasses.field(default=default, metadata={ROLE: "later"})
+
+
+def require_positive(config: Any, *names: str, prefix: str = "") -> None:
+    """ConfigError for the first of these fields that is below 1. prefix: of its name in the message."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{prefix}{name}={getattr(config, name)}: choose 1 or more")
 
 
 def to_plain(value: Any) -> Any:

@@ -19,8 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cogview.config import input_field, runtime_field
-from cogview.errors import ConfigError
+from cogview.config import input_field, require_positive, runtime_field
 from cogview.evaluation.attention_maps import (
     AttentionAnalysis,
     Head,
@@ -66,9 +65,7 @@ class Config:
     threads: int = runtime_field(2)
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "layers_shown", "heads_shown", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
+        require_positive(self, "num_rows", "layers_shown", "heads_shown", "batch_size")
 
 
 PAPER = Config(device="cuda", batch_size=1)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from cogview.config import input_field, runtime_field
+from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.caption_loss import score_pairs
 from cogview.evaluation.grids import Tile, draw_sheet
@@ -82,9 +82,7 @@ class Config:
     threads: int = runtime_field(2)
 
     def __post_init__(self) -> None:
-        for name in ("captions", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
+        require_positive(self, "captions", "batch_size", "threads")
         if self.method not in get_args(Method):
             raise ConfigError(f"method={self.method!r}: choose one of {', '.join(get_args(Method))}")
         most = {"greedy": 1, "beam": self.beams.width}.get(self.method, self.captions)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cogview.config import input_field, runtime_field
+from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.attributes import scene_to_json
 from cogview.evaluation.grids import Tile, draw_sheet, drawable
@@ -92,9 +92,7 @@ class Config:
     shard_size: int = runtime_field(200)
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "batch_size", "threads", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
+        require_positive(self, "candidates", "batch_size", "threads", "shard_size")
         for name in ("num_scenes", "num_validation_prompts", "seed", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or more")

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from cogview.config import input_field
+from cogview.config import input_field, require_positive
 from cogview.errors import ConfigError, VocabularyError
 from cogview.sampling.captioning import Captioner
 from cogview.sampling.choice import SamplingConfig
@@ -74,9 +74,7 @@ class Config:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("max_candidates", "max_prompt", "batch_size", "max_waiting", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
+        require_positive(self, "max_candidates", "max_prompt", "batch_size", "max_waiting", "threads")
         if self.max_candidates > self.batch_size:
             raise ConfigError(
                 f"max_candidates={self.max_candidates} is more than batch_size={self.batch_size}: a request is drawn "

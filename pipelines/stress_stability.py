@@ -25,8 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cogview.config import runtime_field
-from cogview.errors import ConfigError
+from cogview.config import require_positive, runtime_field
 from cogview.evaluation.stability import HALF_LIMIT, ScaleProbe, is_finite_in_half, watch_scales
 from cogview.evaluation.stress_arms import ARMS, ArmTrace, StepRecord
 from cogview.models.gpt import GPT, GPTConfig
@@ -76,9 +75,7 @@ class Config:
     threads: int = runtime_field(2)
 
     def __post_init__(self) -> None:
-        for name in ("grid", "max_text", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
+        require_positive(self, "grid", "max_text", "num_steps", "batch_size")
 
     @property
     def length(self) -> int:

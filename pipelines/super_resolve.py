@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from cogview.config import input_field, runtime_field
+from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError, VocabularyError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.sharpness import enlarged, mean_edge_sharpness
@@ -96,9 +96,7 @@ class Config:
     threads: int = runtime_field(2)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
+        require_positive(self, "batch_size", "threads")
         for name in ("short_side", "num_pictures", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or more")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cogview.errors import ConfigError
+from cogview.config import require_positive
 
 NEVER = 2**31 - 1  # the first query block that may use a pivot which is none
 LOTTERY_BITS = 62
@@ -39,9 +39,7 @@ class SparseConfig:
     padding_id: int = 58192
 
     def __post_init__(self) -> None:
-        for name in ("num_pivots", "block_size", "window_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sparse.{name}={getattr(self, name)}: choose 1 or more")
+        require_positive(self, "num_pivots", "block_size", "window_blocks", prefix="sparse.")
 
     @property
     def window(self) -> int:

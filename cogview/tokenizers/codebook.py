@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cogview.config import require_positive
 from cogview.errors import ConfigError
 from cogview.tokenizers.code_placement import draw_vectors, spread_vectors, sum_over_workers, world_and_rank
 from cogview.tokenizers.code_search import at_least_fp32, nearest_codes, squared_distances
@@ -80,9 +81,7 @@ class CodebookConfig:
             raise ConfigError(f"decay={self.decay}: choose a number between 0 and 1; the paper's is 0.99")
         if self.rule not in RULES:
             raise ConfigError(f"rule={self.rule!r}: choose one of {', '.join(RULES)}")
-        for name in ("code_dim", "revive_every", "temperature_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
+        require_positive(self, "code_dim", "revive_every", "temperature_steps")
         for name in ("start_after", "revive_below", "kl_weight"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: choose 0 or more")

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cogview.config import require_positive
 from cogview.errors import CheckpointError, ConfigError, DivergedError
 from cogview.training.averaging import AveragedWeights
 from cogview.training.checkpoints import (
@@ -84,9 +85,7 @@ class LoopConfig:
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
+        require_positive(self, "num_steps", "global_batch_size", "log_every", "validate_every", "checkpoint_every")
         check_precision(self.precision)
         if self.micro_batch_size < 0:
             raise ConfigError(f"micro_batch_size={self.micro_batch_size}: choose 1 or more, or 0 for all rows at once")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from cogview.config import require_positive
 from cogview.errors import ConfigError, ManifestError
 from cogview.evaluation.grids import from_pictures
 from cogview.sampling.windows import SCALE
@@ -48,9 +49,7 @@ class SceneSquares:
     seed: int = 11
 
     def __post_init__(self) -> None:
-        for name in ("num_scenes", "image_size", "squares_per_scene"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"scenes.{name}={getattr(self, name)}: give 1 or more")
+        require_positive(self, "num_scenes", "image_size", "squares_per_scene", prefix="scenes.")
         if not 0 < self.num_validation < self.num_scenes:
             raise ConfigError(
                 f"scenes.validation_share={self.validation_share} of {self.num_scenes} scenes: both sides need one"
