@@ -20,7 +20,7 @@ CHECKED_FOLDERS = ("cogview", "pipelines", "benchmarks")
 # Room -> what it may import from cogview besides itself: rooms, or single modules of one.
 ROOMS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "config": frozenset(),
+    "config": frozenset({"errors"}),
     "weight_files": frozenset({"errors"}),
     "locations": frozenset({"errors"}),
     "records": frozenset({"errors", "config", "locations"}),
