@@ -16,6 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def own_ctrl_c() -> Iterator[None]:
+    """Gives Ctrl-C back after each test: Ray Train, started in the main thread, keeps it for its controller."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def ray_ends() -> Iterator[None]:
     """Ends Ray after the last test, whoever started it."""

@@ -48,6 +48,9 @@ ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "10000",  # but not between two steps of one stage
 }
 
+# A machine of one's own is not called back by a cloud: no process that looks out for that, on the two cores of others.
+LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+
 _session: dict[str, Path] = {}
 
 
@@ -61,13 +64,13 @@ def ensure_ray(*, address: str | None = None, num_cpus: int | None = None) -> No
     address: of a running cluster (default: RAY_ADDRESS; without either a local Ray starts); num_cpus: of a local Ray.
     Raises ConfigError when no cluster answers there, ClusterError when Ray does not start.
     """
-    for name, value in ENVIRONMENT.items():
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    for name, value in (ENVIRONMENT | (LOCAL_ENVIRONMENT if address == LOCAL else {})).items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address == LOCAL:
         options |= {
