@@ -8,12 +8,12 @@ vector taking its nearest code. The data lie beside the checkout, in ../shared/d
 """
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chains import run_job
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, verify
 from cogview.evaluation.tokenizer_arms import spread
 from cogview.shards.manifest import read_json
@@ -35,22 +35,14 @@ def measure(*, save: bool) -> Figures:
     """Import the pictures unless that is done, train the four arms anew, and collect their scores."""
     if not (REPOSITORY / DATA).is_dir():
         raise UnmeasuredError(f"{DATA} does not exist; put tars of emoji with captions there")
-    run("road", "--until", "filter_pairs", "--data", str(DATA))
+    run_job("road", "--until", "filter_pairs", "--data", str(DATA), root=ROOT)
     shutil.rmtree(REPOSITORY / ROOT / JOB, ignore_errors=True)
-    run(JOB)
+    run_job(JOB, root=ROOT)
     (output,) = (REPOSITORY / ROOT / JOB).iterdir()
     if save:
         shutil.copy(output / "curves.png", DOCS / "tokenizers.png")
         shutil.copy(output / "curves.csv", DOCS / "tokenizers.csv")
     return figures_of(read_json(output / "complete.json"))
-
-
-def run(job: str, *flags: str) -> None:
-    """Run a job of ours under the benchmark's root."""
-    command = [sys.executable, "-m", "pipelines", job, "smoke", "--root", str(ROOT), *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise UnmeasuredError(f"{job} ended with {done.returncode}")
 
 
 def figures_of(complete: Mapping[str, Any]) -> dict[str, float]:

@@ -5,14 +5,14 @@ Reports what went in, what was rejected and why, the tokens, the losses and wher
 pictures are for looking at. The data lie beside the checkout, in ../shared/data/emoji.
 """
 
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chains import run_job
 from benchmarks.harness import REPOSITORY, Figures, UnmeasuredError, argument_parser, verify
-from cogview.shards.manifest import read_json
+from cogview.shards.manifest import read_json, read_sealed
 
 DATA = Path("../shared/data/emoji")
 ROOT = Path("runs/emoji")
@@ -23,10 +23,7 @@ def measure(*, preset: str, flags: Sequence[str]) -> Figures:
     """Run the road on the emoji, or find it done, and collect its numbers."""
     if not (REPOSITORY / DATA).is_dir():
         raise UnmeasuredError(f"{DATA} does not exist; put tars of emoji with captions there")
-    command = [sys.executable, "-m", "pipelines", "road", preset, "--root", str(ROOT), "--data", str(DATA), *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise UnmeasuredError(f"the road ended with {done.returncode}")
+    run_job("road", "--data", str(DATA), *flags, root=ROOT, preset=preset)
     chain = read_json(REPOSITORY / ROOT / "chain.json")
     stages = {stage["job"]: stage for stage in chain["stages"]}
     return {**pair_figures(stages), **score_figures(stages), "grid": str(ROOT / "grid.png")}
@@ -36,7 +33,7 @@ def pair_figures(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Pairs in and out of each stage, and those rejected by reason."""
     figures: dict[str, int] = {}
     for job in PAIR_JOBS:
-        manifest = read_json(REPOSITORY / ROOT / stages[job]["output"] / "manifest.json")
+        manifest = read_sealed(REPOSITORY / ROOT / stages[job]["output"] / "manifest.json")
         figures |= {f"{job}/in": manifest["rows_in"], f"{job}/out": manifest["rows_out"]}
         figures |= {f"{job}/rejected/{reason}": count for reason, count in sorted(manifest["rejected"].items())}
     return figures

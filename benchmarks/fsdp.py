@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
+from benchmarks.processes import high_water_mark
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.training.language_model import LanguageModelLoss
 from cogview.training.loop import LoopConfig, Ranks, Sharding, WeightedBatch, train
@@ -51,7 +52,7 @@ class Counting:
         """This worker's rows of a step."""
         if step == 1:
             forget_peak()
-        self.peak = peak_mib()
+        self.peak = high_water_mark() / 2**20
         first = torch.randint(IDS, (ROWS, 1), generator=torch.Generator().manual_seed(step))
         ids = torch.chunk((first + torch.arange(LENGTH + 1)) % IDS, ranks.world)[ranks.rank]
         positions = torch.arange(LENGTH).expand(len(ids), -1)
@@ -119,7 +120,7 @@ def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) ->
     if sharding == "full":
         import cogview.training.sharding  # noqa: F401  # its import is not what is measured
     forget_peak()
-    before = peak_mib()
+    before = high_water_mark() / 2**20
     loop = LoopConfig(
         num_steps=steps,
         global_batch_size=ROWS,
@@ -139,12 +140,6 @@ def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) ->
 def forget_peak() -> None:
     """Let the peak of this process begin anew, at what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> float:
-    """The largest resident set of this process since the peak was forgotten."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def read_losses(output: Path) -> dict[int, float]:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,20 +22,10 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ", "PYENV_ROOT")
 KEPT_PREFIXES = ("PIP_", "SSL_", "http_", "https_", "no_", "HTTP_", "HTTPS_", "NO_")
 
 
-class ProcessWatch:
-    """Samples the marked processes while it is entered.
+class Sampler(ABC):
+    """Looks every `interval` seconds, in a thread of its own, while it is entered."""
 
-    environment: what to start the command with; peak_bytes: the largest sum of their proportional memory (shared pages
-    are divided among those who share them); names: of every process that was seen; cpu_seconds: of all of them, up to
-    the last look at each.
-    """
-
-    def __init__(self, environment: Mapping[str, str], *, interval: float = 1.0) -> None:
-        self._mark = uuid.uuid4().hex
-        self.environment = {**environment, MARK: self._mark}
-        self.peak_bytes = 0
-        self.names: set[str] = set()
-        self._cpu_seconds: dict[tuple[int, float], float] = {}
+    def __init__(self, *, interval: float) -> None:
         self._interval = interval
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
@@ -48,6 +39,33 @@ class ProcessWatch:
     ) -> None:
         self._is_over.set()
         self._thread.join()
+
+    @abstractmethod
+    def _look(self) -> None:
+        """One look."""
+
+    def _sample_until_over(self) -> None:
+        while not self._is_over.is_set():
+            self._look()
+            self._is_over.wait(self._interval)
+
+
+class ProcessWatch(Sampler):
+    """Samples the marked processes while it is entered.
+
+    environment: what to start the command with; peak_bytes: the largest sum of their proportional memory (shared pages
+    are divided among those who share them); names: of every process that was seen; cpu_seconds: of all of them, up to
+    the last look at each.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *, interval: float = 1.0) -> None:
+        self._mark = uuid.uuid4().hex
+        self.environment = {**environment, MARK: self._mark}
+        self.peak_bytes = 0
+        self.names: set[str] = set()
+        self._cpu_seconds: dict[tuple[int, float], float] = {}
+        self._memory_every, self._memory_due = interval, 0.0
+        super().__init__(interval=min(interval, LOOK_EVERY_S))
 
     @property
     def cpu_seconds(self) -> float:
@@ -65,16 +83,10 @@ class ProcessWatch:
             time.sleep(0.2)
         return left
 
-    def _sample_until_over(self) -> None:
-        memory_due = 0.0
-        while not self._is_over.is_set():
-            is_due = time.monotonic() >= memory_due
-            if is_due:
-                memory_due = time.monotonic() + self._interval
-            self._look(with_memory=is_due)
-            self._is_over.wait(min(self._interval, LOOK_EVERY_S))
-
-    def _look(self, *, with_memory: bool) -> None:
+    def _look(self) -> None:
+        with_memory = time.monotonic() >= self._memory_due
+        if with_memory:
+            self._memory_due = time.monotonic() + self._memory_every
         total = 0
         for process in _marked(self._mark):
             try:
@@ -117,7 +129,7 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
             continue  # another user's, or gone
 
 
-class PeakMemory:
+class PeakMemory(Sampler):
     """The largest resident memory that one of our children's processes ever had, by the kernel's own high-water mark.
 
     title: how their titles start; worst_bytes: of a single process, 0 where the system keeps no mark; processes: seen.
@@ -125,20 +137,8 @@ class PeakMemory:
 
     def __init__(self, title: str, *, interval: float = 0.25) -> None:
         self._title = title
-        self._interval = interval
         self._peaks: dict[int, int] = {}
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._is_over.set()
-        self._thread.join()
+        super().__init__(interval=interval)
 
     @property
     def worst_bytes(self) -> int:
@@ -148,17 +148,17 @@ class PeakMemory:
     def processes(self) -> int:
         return len(self._peaks)
 
-    def _sample_until_over(self) -> None:
-        while not self._is_over.wait(self._interval):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if "".join(process.cmdline()[:1]).startswith(self._title):
-                        self._peaks[process.pid] = max(self._peaks.get(process.pid, 0), _high_water_mark(process.pid))
-                except (psutil.Error, OSError):
-                    continue  # it ended between two looks
+    def _look(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "".join(process.cmdline()[:1]).startswith(self._title):
+                    self._peaks[process.pid] = max(self._peaks.get(process.pid, 0), high_water_mark(process.pid))
+            except (psutil.Error, OSError):
+                continue  # it ended between two looks
 
 
-def _high_water_mark(pid: int) -> int:
+def high_water_mark(pid: int | str = "self") -> int:
+    """The largest resident memory that a process ever had, in bytes; 0 where the system keeps no mark."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     marks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
     return marks[0] if marks else 0

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.captioner import BATCH, chain_folders, held_out_scenes, load_captioner, scene_codes
+from benchmarks.captioner import BATCH, held_out_scenes, load_captioner, scene_codes
+from benchmarks.chains import model_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import judge
 from cogview.evaluation.caption_loss import score_pairs
@@ -64,7 +65,7 @@ class Candidates:
 
 def measure(*, root: Path, prompts: int, candidates: int, pairs: int, save: bool, flags: Sequence[str]) -> Figures:
     """Draw, score, read; then the pairs of captions."""
-    captioner, folders = load_captioner(root, flags), chain_folders(root)
+    captioner, folders = load_captioner(root, flags), model_folders(root)
     painter = TextToImage.load(
         folders["checkpoint"],
         text_tokenizer=folders["text_tokenizer"],

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -30,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.chains import run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.style_judge import StyleJudge, train_judge
@@ -40,7 +40,6 @@ from cogview.records.tars import read_foreign_tar
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import LAYOUT, TextToImage
 from cogview.sequences.batch import SequenceConfig, build_batch
-from cogview.shards.manifest import read_json
 from cogview.tokenizers.pixels import pixel_batch, square_pixels
 
 DATA = Path("../shared/data/emoji")
@@ -109,8 +108,8 @@ def measure(sizes: Sizes, *, save: bool) -> Figures:
     shown, asked = ([item for item in emoji if item.is_asked == is_asked] for is_asked in (False, True))
     asked = sorted(asked, key=lambda item: digest(f"order:{item.name}:{item.style}"))[:ASKED]
     styles = sorted({item.style for item in emoji})
-    run("road", *sizes.road_flags())
-    base = load_base()
+    run_job("road", *sizes.road_flags(), root=ROOT)
+    base = stage_folders(REPOSITORY / ROOT)
     steps = ("--loop.num-steps", str(sizes.finetuning_steps))
     finetuned = {
         "all weights": {style: finetune(tar_of(style), *steps) for style in styles},
@@ -291,12 +290,6 @@ def labels_of(emoji: Sequence[Emoji], styles: Sequence[str]) -> Tensor:
     return torch.tensor([styles.index(item.style) for item in emoji])
 
 
-def load_base() -> dict[str, Path]:
-    """The output folder of each stage of the road."""
-    chain = read_json(REPOSITORY / ROOT / "chain.json")
-    return {stage["job"]: REPOSITORY / ROOT / stage["output"] for stage in chain["stages"]}
-
-
 def load_painter(checkpoint: Path, base: Mapping[str, Path]) -> TextToImage:
     """A model with the tokenizers of the road."""
     return TextToImage.load(
@@ -308,17 +301,9 @@ def finetune(data: Path, *flags: str) -> Path:
     """Teach the pretrained model the styles of these pictures; the output folder."""
     jobs = REPOSITORY / ROOT / "finetune_style"
     before = set(jobs.iterdir()) if jobs.is_dir() else set()
-    run("finetune_style", "--data", str(data), *flags)
+    run_job("finetune_style", "--data", str(data), *flags, root=ROOT)
     (output,) = set(jobs.iterdir()) - before
     return output
-
-
-def run(job: str, *flags: str) -> None:
-    """Run a job of ours under the benchmark's root."""
-    command = [sys.executable, "-m", "pipelines", job, "smoke", "--root", str(ROOT), *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise UnmeasuredError(f"{job} ended with {done.returncode}")
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

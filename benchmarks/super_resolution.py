@@ -12,7 +12,6 @@ kept at 64 pixels, and beside what it keeps at 128, which is the ceiling. The wi
 release, and for a thousand grids it is counted how often each code is drawn.
 """
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.captioner import chain_folders
+from benchmarks.chains import model_folders, run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, judge, scene_from_json, score_attributes
 from cogview.evaluation.grids import Tile, draw_sheet, from_pictures, to_pictures
@@ -73,7 +72,7 @@ class Samples:
 
 def measure(*, root: Path, runs: Path, scenes: int, save: bool, flags: Sequence[str]) -> Figures:
     """Finetune, magnify the chain's samples and drawn scenes, and check the windows."""
-    folders = chain_folders(root)
+    folders = model_folders(root)
     samples = drawn_samples(root, limit=scenes)
     output = finetuned(folders, runs, flags)
     magnifier = Magnifier.load(
@@ -90,17 +89,13 @@ def measure(*, root: Path, runs: Path, scenes: int, save: bool, flags: Sequence[
 def finetuned(folders: Mapping[str, Path], runs: Path, flags: Sequence[str]) -> Path:
     """The finetuned model under `runs`, trained now unless it is there."""
     inputs = [word for name, folder in folders.items() for word in (f"--{name.replace('_', '-')}", str(folder))]
-    command = [sys.executable, "-m", "pipelines", JOB, "smoke", "--root", str(runs), *inputs, *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise UnmeasuredError(f"{JOB} ended with {done.returncode}")
+    run_job(JOB, *inputs, *flags, root=runs)
     return latest_output(JOB, flag="--checkpoint", root=runs)
 
 
 def drawn_samples(root: Path, *, limit: int) -> Samples:
     """The scenes that the chain drew for held-out captions."""
-    outputs = {stage["job"]: root / stage["output"] for stage in read_json(root / "chain.json")["stages"]}
-    table = pq.read_table(outputs["generate"] / "samples.parquet").to_pylist()
+    table = pq.read_table(stage_folders(root, "generate")["generate"] / "samples.parquet").to_pylist()
     rows = [row for row in table if row["scene"]][:limit]
     if not rows:
         raise UnmeasuredError(f"{root}: the chain drew no scenes; run `make pretrain`")

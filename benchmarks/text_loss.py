@@ -16,32 +16,28 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import REPOSITORY, Figures, UnmeasuredError, argument_parser, say, verify
+from benchmarks.chains import stage_folders
+from benchmarks.harness import REPOSITORY, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import Score, judge, score_attributes
 from cogview.evaluation.grids import to_pictures
 from cogview.evaluation.losses import held_out_losses
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import held_out_prompts
-from cogview.shards.manifest import read_json
 from cogview.training.loop import Ranks, train
 from pipelines.pretrain import PRESETS, build_task
-from pipelines.tasks.language_model import Inputs, LanguageModelTask
+from pipelines.tasks.language_model import PRODUCERS, Inputs, LanguageModelTask
 from pipelines.tasks.new_weights import TaskSettings
 
 WEIGHTS = (0.5, 0.0)
 BATCH = 50
 SHOWN = ("mean", "shape", "colour", "size", "background")
-STAGES = {
-    "tokens": "tokenize_pairs",
-    "text_tokenizer": "train_text_tokenizer",
-    "image_tokenizer": "train_image_tokenizer",
-}
 
 
 def measure(*, root: Path, steps: int, scenes: int) -> Figures:
     """Train with each weight, draw, and read the pictures."""
-    inputs = chain_inputs(root)
+    folders = stage_folders(root, *PRODUCERS.values())
+    inputs = Inputs(**{name: folders[job] for name, job in PRODUCERS.items()})
     figures: dict[str, float | int | str] = {"steps": steps, "scenes": scenes}
     means = {}
     for weight in WEIGHTS:
@@ -53,17 +49,6 @@ def measure(*, root: Path, steps: int, scenes: int) -> Figures:
         figures |= {f"held-out loss/{part}/{weight:g}": loss.value for part, loss in losses.items()}
         say(f"text-loss weight {weight:g}: {means[weight]:.1%} of the attributes right")
     return {"attributes lost": means[WEIGHTS[0]] - means[WEIGHTS[1]], **figures}
-
-
-def chain_inputs(root: Path) -> Inputs:
-    """The folders of a finished chain. UnmeasuredError when there is none."""
-    if not (root / "chain.json").is_file():
-        raise UnmeasuredError(f"{root} holds no chain; run `make pretrain` first, or name another with --root")
-    outputs = {stage["job"]: root / stage["output"] for stage in read_json(root / "chain.json")["stages"]}
-    missing = [job for job in STAGES.values() if job not in outputs]
-    if missing:
-        raise UnmeasuredError(f"{root}: the chain has not come to {', '.join(missing)}; run `make pretrain`")
-    return Inputs(**{name: outputs[job] for name, job in STAGES.items()})
 
 
 def train_task(inputs: Inputs, *, weight: float, steps: int) -> LanguageModelTask:

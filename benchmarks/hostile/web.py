@@ -39,7 +39,7 @@ http://good.com@127.0.0.1/ http://[fe80::1%25eth0]/ http://127.0.0.1\\@good.com/
 http://private.lies.test/ http://mixed.lies.test/ http://six.lies.test/ http://rebinds.lies.test/
 """
 INSIDE = _LINES.split()
-_INSIDE_REASONS = ("address_refused", "url_invalid", "userinfo_refused", "port_refused")
+INSIDE_REASONS = ("address_refused", "url_invalid", "userinfo_refused", "port_refused")
 
 # Put before a Python process's own `socket.getaddrinfo` by `sitecustomize`; the public address answers nobody here.
 LYING_RESOLVER = """
@@ -148,7 +148,7 @@ def site_answers(*, large: bool) -> dict[str, Answer]:
 def web_cases(*, large: bool = True) -> list[Case]:
     """Every URL that is asked for, with what must become of it. large: pictures that take time and memory, too."""
     base = f"http://{HOST}"
-    cases = [_case("addresses", url, url, *_INSIDE_REASONS) for url in INSIDE if "rebinds" not in url]
+    cases = [_case("addresses", url, url, *INSIDE_REASONS) for url in INSIDE if "rebinds" not in url]
     cases.append(_case("addresses", "rebinding", "http://rebinds.lies.test/x", *_REBINDING))
     cases += [_case("urls", name, url, reason) for name, url, reason in _URLS]
     cases += [_case("answers", path, f"{base}{path}", *expected) for path, _, *expected in _responses()]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cogview.errors import ConfigError
@@ -22,6 +21,7 @@ from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.discriminator import DiscriminatorConfig, PatchDiscriminator
 from cogview.tokenizers.residual_blocks import PyramidConfig
 from cogview.tokenizers.vqgan import VQGANConfig
+from tests.two_workers import process_group, run_two_workers
 
 PYRAMID = PyramidConfig(
     channels=8, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), latent_channels=8, norm_groups=4
@@ -175,23 +175,15 @@ def test_each_logit_sees_a_patch() -> None:
 def test_two_workers_have_the_gradients_of_one(tmp_path: Path) -> None:
     alone = build()
     alone(batch()).total.backward()
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_half_a_batch, args=(rank, tmp_path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-        assert worker.exitcode == 0
+    run_two_workers(_half_a_batch, tmp_path)
     together = torch.load(tmp_path / "0.pt", weights_only=True)
     for name, gradient in gradients(alone).items():
         assert torch.allclose(together[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
 def _half_a_batch(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    objective = build()
-    shared = DistributedDataParallel(objective, broadcast_buffers=False)  # must live until the gradients are there
-    shared(batch().chunk(2)[rank]).total.backward()
-    torch.save(gradients(objective), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        objective = build()
+        shared = DistributedDataParallel(objective, broadcast_buffers=False)  # must live until the gradients are there
+        shared(batch().chunk(2)[rank]).total.backward()
+        torch.save(gradients(objective), folder / f"{rank}.pt")

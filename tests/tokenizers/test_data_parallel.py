@@ -1,16 +1,15 @@
 """Data-parallel training: under each rule two workers with half of the batch each end with the codebook of one."""
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cogview.tokenizers.codebook import CodebookConfig, build_codebook
+from tests.two_workers import process_group, two_workers
 
 STEPS = 20
 BOOK = CodebookConfig(num_codes=32, code_dim=8, decay=0.8, start_after=2, revive_below=0.3, revive_every=4)
@@ -27,14 +26,8 @@ BOOKS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
     """Book -> the state trained alone, by the first of two workers, and by the second."""
     folder = tmp_path_factory.mktemp("workers")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_train_half, args=(rank, folder)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    alone = {name: _train(book, rank=0, world=1) for name, book in BOOKS.items()}
-    for worker in workers:
-        worker.join(timeout=500)
-        assert worker.exitcode == 0
+    with two_workers(_train_half, folder):
+        alone = {name: _train(book, rank=0, world=1) for name, book in BOOKS.items()}
     halves = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {name: [alone[name], halves[0][name], halves[1][name]] for name in BOOKS}
 
@@ -49,11 +42,9 @@ def test_two_workers_end_with_the_codebook_of_one(trained: dict[str, list[dict[s
 
 
 def _train_half(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    states = {name: _train(book, rank=rank, world=2) for name, book in BOOKS.items()}
-    torch.save(states, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        states = {name: _train(book, rank=rank, world=2) for name, book in BOOKS.items()}
+        torch.save(states, folder / f"{rank}.pt")
 
 
 class _Smooth(nn.Module):

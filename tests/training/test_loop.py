@@ -1,7 +1,6 @@
 """The loop: exact resume, the same losses for any number of workers, and damaged checkpoints that are passed over."""
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogview.errors import CheckpointError, ConfigError, DivergedError
 from cogview.training.loop import STOP_NAME, LoopConfig, Ranks, StepLoss, WeightedBatch, train
 from cogview.training.optimization import OptimizerConfig
+from tests.two_workers import process_group, run_two_workers
 
 CONFIG = LoopConfig(
     num_steps=12,
@@ -156,7 +155,7 @@ def test_bad_steps_are_skipped_and_counted_until_they_are_too_many(tmp_path: Pat
 
 def test_two_workers_follow_the_losses_of_one(tmp_path: Path) -> None:
     train(RegressionTask(dropout=0.0), config=CONFIG, output=tmp_path / "1", identity=IDENTITY, ranks=Ranks())
-    _run_two_workers(tmp_path / "2", tmp_path / "meeting")
+    run_two_workers(_one_of_two, tmp_path / "2")
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert one.keys() == two.keys()
     assert all(two[step] == pytest.approx(loss, rel=1e-5) for step, loss in one.items())
@@ -164,7 +163,7 @@ def test_two_workers_follow_the_losses_of_one(tmp_path: Path) -> None:
 
 def test_a_run_of_two_workers_can_go_on_with_one(tmp_path: Path) -> None:
     train(RegressionTask(dropout=0.0), config=CONFIG, output=tmp_path / "1", identity=IDENTITY, ranks=Ranks())
-    _run_two_workers(tmp_path / "2", tmp_path / "meeting")
+    run_two_workers(_one_of_two, tmp_path / "2")
     shutil.rmtree(tmp_path / "2" / "checkpoints" / "step_00000012")
     train(RegressionTask(dropout=0.0), config=CONFIG, output=tmp_path / "2", identity=IDENTITY, ranks=Ranks())
     assert losses(tmp_path / "2")[12] == pytest.approx(losses(tmp_path / "1")[12], rel=1e-4)
@@ -200,18 +199,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
         train(RegressionTask(), config=CONFIG, output=tmp_path, identity=IDENTITY, ranks=Ranks(0, 3))
 
 
-def _run_two_workers(output: Path, meeting: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_one_of_two, args=(rank, output, meeting)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
-
-
-def _one_of_two(rank: int, output: Path, meeting: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    train(RegressionTask(dropout=0.0), config=CONFIG, output=output, identity=IDENTITY, ranks=Ranks(rank, 2))
-    dist.destroy_process_group()
+def _one_of_two(rank: int, output: Path) -> None:
+    with process_group(rank, output.parent):
+        train(RegressionTask(dropout=0.0), config=CONFIG, output=output, identity=IDENTITY, ranks=Ranks(rank, 2))

@@ -1,12 +1,10 @@
 """Half precision: fp32 masters, exact resume, skipped steps that all workers agree on, losses close to fp32's."""
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogview.errors import ConfigError, DivergedError
@@ -15,6 +13,7 @@ from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import DTYPES, MasterWeights, Precision
 from tests.training.small_gpt import LOOP, GPTTask, lines, run
+from tests.two_workers import process_group, run_two_workers
 
 HALVES: tuple[Precision, ...] = ("bf16", "fp16")
 BOTH_HALVES = pytest.mark.parametrize("precision", HALVES)
@@ -121,13 +120,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 def test_two_workers_agree_and_follow_one(tmp_path: Path) -> None:
     """The second worker alone has bad losses at two steps: both skip them."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_one_of_two, args=(rank, tmp_path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-        assert worker.exitcode == 0
+    run_two_workers(_one_of_two, tmp_path)
     for precision in HALVES:
         alone = run(tmp_path / "alone" / precision, _task(), precision=precision)
         together = lines(tmp_path / precision)
@@ -144,14 +137,12 @@ def _task() -> GPTTask:
 
 
 def _one_of_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    for precision in HALVES:
-        task = _task()
-        config = replace(LOOP, precision=precision)
-        train(task, config=config, output=folder / precision, identity={}, ranks=Ranks(rank, 2))
-        torch.save(_rounded(task.gpt.state_dict(), DTYPES[precision]), folder / f"{precision}_{rank}.pt")
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        for precision in HALVES:
+            task = _task()
+            config = replace(LOOP, precision=precision)
+            train(task, config=config, output=folder / precision, identity={}, ranks=Ranks(rank, 2))
+            torch.save(_rounded(task.gpt.state_dict(), DTYPES[precision]), folder / f"{precision}_{rank}.pt")
 
 
 def _rounded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Weights spread over two workers: the losses of one, exact resume by as many or fewer, whole weights at the end."""
 
-import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from cogview.training.precision import Precision
 from cogview.training.sharding import ShardedWeights
 from tests.training.small_gpt import LOOP, GPTTask, lines, run
 from tests.training.test_loop import RegressionTask
+from tests.two_workers import process_group, run_two_workers
 
 SHARDED = replace(LOOP, sharding="full")
 
@@ -26,13 +26,7 @@ SHARDED = replace(LOOP, sharding="full")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs by two workers: `whole`, `stopped` (before step 7) and gone on with, `bf16`, `fp16`."""
     folder = tmp_path_factory.mktemp("sharded")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_one_of_two, args=(rank, folder)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=240)
-        assert worker.exitcode == 0
+    run_two_workers(_one_of_two, folder)
     return folder
 
 
@@ -111,20 +105,18 @@ def _loss_of(output: Path) -> float:
 
 
 def _one_of_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    _train(folder / "whole", rank)
-    try:
-        _train(folder / "stopped", rank, GPTTask(dropout=0.0, stop_before=7))
-    except KeyboardInterrupt:
-        _train(folder / "stopped", rank)
-    for precision in ("bf16", "fp16"):
-        _train(folder / precision, rank, config=replace(SHARDED, precision=precision))
-    if rank == 0:
-        torch.save(_held(), folder / "held.pt")
-    else:
-        _held()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        _train(folder / "whole", rank)
+        try:
+            _train(folder / "stopped", rank, GPTTask(dropout=0.0, stop_before=7))
+        except KeyboardInterrupt:
+            _train(folder / "stopped", rank)
+        for precision in ("bf16", "fp16"):
+            _train(folder / precision, rank, config=replace(SHARDED, precision=precision))
+        if rank == 0:
+            torch.save(_held(), folder / "held.pt")
+        else:
+            _held()
 
 
 def _train(output: Path, rank: int, task: GPTTask | None = None, config: LoopConfig = SHARDED) -> None:

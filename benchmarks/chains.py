@@ -1,0 +1,39 @@
+"""What benchmarks of jobs share: running one as a user would, and the folders that a finished chain left."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.harness import REPOSITORY, UnmeasuredError
+from cogview.shards.manifest import read_json
+
+MODELS = {
+    "checkpoint": "pretrain",
+    "text_tokenizer": "train_text_tokenizer",
+    "image_tokenizer": "train_image_tokenizer",
+}
+
+
+def run_job(job: str, *flags: str, root: Path, preset: str = "smoke") -> None:
+    """Run a job or a chain of ours; what it says goes to standard error. UnmeasuredError if it fails."""
+    command = [sys.executable, "-m", "pipelines", job, preset, "--root", str(root), *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise UnmeasuredError(f"{job} ended with {done.returncode}")
+
+
+def stage_folders(root: Path, *needed: str) -> dict[str, Path]:
+    """The output of each stage of the chain under a root, by job. UnmeasuredError if a needed one is not there."""
+    if not (root / "chain.json").is_file():
+        raise UnmeasuredError(f"{root} holds no chain; run `make pretrain` first, or name another with --root")
+    folders = {stage["job"]: root / stage["output"] for stage in read_json(root / "chain.json")["stages"]}
+    missing = [job for job in needed if job not in folders]
+    if missing:
+        raise UnmeasuredError(f"{root}: the chain has not come to {', '.join(missing)}; run `make pretrain`")
+    return folders
+
+
+def model_folders(root: Path) -> dict[str, Path]:
+    """The model and both tokenizers of the chain under a root, by the field of a config that takes them."""
+    folders = stage_folders(root, *MODELS.values())
+    return {name: folders[job] for name, job in MODELS.items()}
