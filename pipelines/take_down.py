@@ -30,6 +30,7 @@ from cogview.shards.manifest import (
     atomic_file,
     file_record,
     read_json,
+    read_sealed,
     shard_name,
     write_entry,
     write_manifest,
@@ -96,7 +97,7 @@ def take_down(folder: Path, listed: OptOut) -> list[dict[str, Any]]:
     was_interrupted = not (folder / COMPLETE_NAME).is_file()
     if not was_interrupted:
         (folder / COMPLETE_NAME).replace(folder / JOURNAL_NAME)
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = read_sealed(folder / MANIFEST_NAME)
     by_hash = keys_of_images(folder, listed)
     entries, records = [], []
     for plain in manifest["shards"]:
@@ -192,7 +193,7 @@ def lineage(folder: Path) -> Iterator[Path]:
 def _newest(folder: Path, entry: ShardEntry) -> ShardEntry:
     """The shard's own entry, which an interrupted take-down may have written after the manifest."""
     path = folder / ENTRY_FOLDER / shard_name(entry.shard, "json")
-    return ShardEntry(**read_json(path)) if path.is_file() else entry
+    return ShardEntry(**read_sealed(path)) if path.is_file() else entry
 
 
 def _enter(folder: Path, entry: ShardEntry) -> ShardEntry:

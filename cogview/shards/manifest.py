@@ -2,7 +2,8 @@
 
 Law of the doors: a shard is written under a temporary name, synced, renamed, and only then entered in a manifest of its
 own (`_manifest/shard-00042.json`). Done means that the entry verifies. `manifest.json` closes a folder: it lists every
-shard with its rows, rejects and sha256, and its own digest is the digest of the folder's content.
+shard with its rows, rejects and sha256, and its own digest is the digest of the folder's content. Entries and manifests
+are sealed: they hold a sha256 of the rest of themselves, so that no bit of them changes unseen.
 """
 
 import errno
@@ -21,6 +22,7 @@ ENTRY_FOLDER = "_manifest"
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 TEMPORARY = ".tmp"
+SEAL = "sha256_of_the_rest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,22 @@ def remove_temporary(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as readable JSON, atomically."""
     with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+        file.write(_json_bytes(value))
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain data as readable JSON with a sha256 of itself, atomically."""
+    with atomic_file(path) as file:
+        file.write(_sealed_bytes(values))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without the seal. ManifestError when a single byte of it has changed."""
+    values = read_json(path)
+    if not isinstance(values, dict) or _sealed_bytes({**values, SEAL: ""}) != path.read_bytes():
+        raise ManifestError(f"{path} is damaged or of an older version; delete its folder and run the job again")
+    del values[SEAL]
+    return values
 
 
 def read_json(path: Path) -> Any:
@@ -84,6 +101,16 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def _sealed_bytes(values: Mapping[str, Any]) -> bytes:
+    content = {name: value for name, value in values.items() if name != SEAL}
+    digest = hashlib.sha256(_json_bytes(content)).hexdigest()
+    return _json_bytes({**content, SEAL: digest})
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
 def file_record(path: Path) -> dict[str, Any]:
     """`{"bytes": ..., "sha256": ...}` of a file."""
     with open(path, "rb") as file:
@@ -92,7 +119,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 def write_entry(folder: Path, entry: ShardEntry) -> None:
     """Enter a finished shard. Its files must lie in `folder` already."""
-    write_json(folder / ENTRY_FOLDER / f"shard-{entry.shard:05d}.json", asdict(entry))
+    write_sealed(folder / ENTRY_FOLDER / f"shard-{entry.shard:05d}.json", asdict(entry))
 
 
 def write_plan(folder: Path, digests: Mapping[int, str], *, note: str) -> None:
@@ -106,7 +133,7 @@ def read_entry(folder: Path, shard: int, *, input_digest: str = "", deep: bool =
     deep: compare sha256 as well as sizes.
     """
     try:
-        entry = ShardEntry(**read_json(folder / ENTRY_FOLDER / f"shard-{shard:05d}.json"))
+        entry = ShardEntry(**read_sealed(folder / ENTRY_FOLDER / f"shard-{shard:05d}.json"))
     except (ManifestError, TypeError):  # absent, damaged or of an older version: the shard is made again
         return None
     if input_digest and entry.input_digest != input_digest:
@@ -127,21 +154,20 @@ def write_manifest(folder: Path, entries: Sequence[ShardEntry], *, extra: Mappin
         "shards": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.shard)],
         "extra": dict(extra),
     }
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_sealed(folder / MANIFEST_NAME, manifest)
     return manifest
 
 
 def read_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     """The folder's manifest after checking that every file it names is there. ManifestError names what is not."""
     path = folder / MANIFEST_NAME
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     for name, record in _named_files(manifest, path=path):
         if not _matches(folder, name, record, deep):
             raise ManifestError(
                 f"{folder / name} does not match {path.name} ({record}); delete it and run the job again"
             )
-    checked: dict[str, Any] = manifest
-    return checked
+    return manifest
 
 
 def _named_files(manifest: Any, *, path: Path) -> list[tuple[str, dict[str, Any]]]:

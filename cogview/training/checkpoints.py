@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cogview.errors import CheckpointError, ManifestError
-from cogview.shards.manifest import MANIFEST_NAME, atomic_file, file_record, read_json, write_json
+from cogview.shards.manifest import MANIFEST_NAME, atomic_file, file_record, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 STATE_NAME = "state.pt"
@@ -60,7 +60,7 @@ def publish(root: Path, step: int, *, identity: Mapping[str, Any], keep: int) ->
     """Close a pending checkpoint with its manifest, give it its name, and remove all but the `keep` newest."""
     pending, final = pending_folder(root, step), checkpoint_folder(root, step)
     files = {path.name: file_record(path) for path in sorted(pending.iterdir())}
-    write_json(pending / MANIFEST_NAME, {"step": step, "identity": dict(identity), "files": files})
+    write_sealed(pending / MANIFEST_NAME, {"step": step, "identity": dict(identity), "files": files})
     if final.exists():
         shutil.rmtree(final)
     pending.rename(final)
@@ -92,7 +92,7 @@ def latest_checkpoint(root: Path, *, identity: Mapping[str, Any]) -> Checkpoint 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint whose every file matches its manifest. CheckpointError names the file that does not."""
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = read_sealed(folder / MANIFEST_NAME)
     for name, record in manifest["files"].items():
         path = folder / Path(name).name
         if not path.is_file() or file_record(path) != record:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from cogview.config import config_digest, input_paths, to_plain
 from cogview.errors import ConfigError, ManifestError
-from cogview.shards.manifest import MANIFEST_NAME, file_record, read_json, read_manifest, write_json
+from cogview.shards.manifest import MANIFEST_NAME, file_record, read_json, read_manifest, read_sealed, write_json
 from pipelines.runtime.locks import folder_lock
 from pipelines.runtime.tracking import Tracker, open_tracker
 
@@ -242,7 +242,7 @@ def _damaged_shards(folder: Path) -> list[Path]:
 
 
 def _shard_records(folder: Path) -> dict[str, Mapping[str, Any]]:
-    shards = read_json(folder / MANIFEST_NAME)["shards"]
+    shards = read_sealed(folder / MANIFEST_NAME)["shards"]
     return {name: record for shard in shards for name, record in shard["files"].items()}
 
 

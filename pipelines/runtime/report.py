@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cogview.shards.manifest import MANIFEST_NAME, read_json
+from cogview.shards.manifest import MANIFEST_NAME, read_json, read_sealed
 from pipelines.runtime.html import image_url, write_html
 
 TEMPLATE = "report.html"
@@ -93,7 +93,7 @@ def _funnel(stages: Iterable[Stage]) -> list[dict[str, Any]]:
     funnel = []
     for stage in stages:
         if stage.job in FUNNEL_JOBS and (stage.folder / MANIFEST_NAME).exists():
-            manifest = read_json(stage.folder / MANIFEST_NAME)
+            manifest = read_sealed(stage.folder / MANIFEST_NAME)
             reasons = sorted(manifest["rejected"].items(), key=lambda item: (-item[1], item[0]))
             funnel.append(
                 {

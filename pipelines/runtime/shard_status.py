@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview.errors import ManifestError
-from cogview.shards.manifest import ENTRY_FOLDER, MANIFEST_NAME, PLAN_NAME, read_entry, read_json
+from cogview.shards.manifest import ENTRY_FOLDER, MANIFEST_NAME, PLAN_NAME, read_entry, read_json, read_sealed
 
 NAMED = 5  # pending shards that are named
 
@@ -87,7 +87,7 @@ def _plan(folder: Path) -> tuple[str, dict[int, str]]:
     except (ManifestError, LookupError, TypeError, ValueError, AttributeError):
         pass
     try:
-        shards = read_json(folder / MANIFEST_NAME)["shards"]
+        shards = read_sealed(folder / MANIFEST_NAME)["shards"]
         return "shards", {int(entry["shard"]): str(entry["input_digest"]) for entry in shards}
     except (ManifestError, LookupError, TypeError, ValueError):
         return "shards", {}

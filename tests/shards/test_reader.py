@@ -1,6 +1,5 @@
 """Rows come back as they were written, and damaged or foreign shards never do."""
 
-import json
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from cogview.errors import CogViewError, ConfigError, ManifestError, SchemaError, VocabularyError
-from cogview.shards.manifest import MANIFEST_NAME, read_json, write_json
+from cogview.shards.manifest import MANIFEST_NAME, read_sealed, write_sealed
 from cogview.shards.reader import TokenShards
 from cogview.shards.writer import TokenRow, write_token_shard
 from tests.shards.conftest import ORIGIN, WriteFolder, make_rows
@@ -87,18 +86,18 @@ def test_a_shard_of_other_tokenizers_in_the_folder_is_refused(tmp_path: Path, wr
 
 def test_a_shard_of_another_grid_is_refused(tmp_path: Path, write_folder: WriteFolder) -> None:
     write_folder(4)
-    manifest = read_json(tmp_path / MANIFEST_NAME)
+    manifest = read_sealed(tmp_path / MANIFEST_NAME)
     manifest["extra"]["grid"] = 4
-    write_json(tmp_path / MANIFEST_NAME, manifest)
+    write_sealed(tmp_path / MANIFEST_NAME, manifest)
     with pytest.raises(SchemaError, match="image_codes"):
         TokenShards.open(tmp_path)
 
 
 def test_a_row_count_that_differs_from_the_manifest_is_refused(tmp_path: Path, write_folder: WriteFolder) -> None:
     write_folder(4)
-    manifest = read_json(tmp_path / MANIFEST_NAME)
+    manifest = read_sealed(tmp_path / MANIFEST_NAME)
     manifest["extra"]["rows_train"] = 5
-    write_json(tmp_path / MANIFEST_NAME, manifest)
+    write_sealed(tmp_path / MANIFEST_NAME, manifest)
     with pytest.raises(ManifestError, match="promises 5 train rows"):
         TokenShards.open(tmp_path)
 
@@ -118,9 +117,9 @@ def test_a_listed_file_that_is_no_arrow_file_is_refused(
 ) -> None:
     write_folder(9)
     (tmp_path / "train" / "shard-00000.arrow").write_bytes(content)
-    manifest = read_json(tmp_path / MANIFEST_NAME)
+    manifest = read_sealed(tmp_path / MANIFEST_NAME)
     manifest["shards"][0]["files"]["train/shard-00000.arrow"]["bytes"] = len(content)
-    write_json(tmp_path / MANIFEST_NAME, manifest)
+    write_sealed(tmp_path / MANIFEST_NAME, manifest)
     with pytest.raises(SchemaError, match="no whole Arrow file"):
         TokenShards.open(tmp_path)
 
@@ -185,12 +184,12 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: s
     folder.mkdir()
     (tmp_path / "outside.arrow").write_bytes(b"x")
     entry = {"shard": 0, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}
-    (folder / MANIFEST_NAME).write_text(json.dumps({"shards": [entry], "extra": {}}))
+    write_sealed(folder / MANIFEST_NAME, {"shards": [entry], "extra": {}})
     with pytest.raises(ManifestError, match="does not match"):
         TokenShards.open(folder)
 
 
 def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
-    write_json(tmp_path / MANIFEST_NAME, {"shards": [], "extra": {}})
+    write_sealed(tmp_path / MANIFEST_NAME, {"shards": [], "extra": {}})
     with pytest.raises(ManifestError, match="tokenize_pairs"):
         TokenShards.open(tmp_path)
