@@ -11,18 +11,15 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from benchmarks.counting import Counting, read_losses
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from benchmarks.processes import high_water_mark
-from cogview.models.gpt import GPT, GPTConfig, count_parameters
-from cogview.training.language_model import LanguageModelLoss
+from cogview.models.gpt import GPTConfig, count_parameters
 from cogview.training.loop import LoopConfig, Ranks, Sharding, WeightedBatch, train
 from cogview.training.memory_plan import StepShape, plan_memory
 from cogview.training.optimization import OptimizerConfig
@@ -40,12 +37,11 @@ ARMS: dict[str, tuple[Sharding, int]] = {
 }
 
 
-class Counting:
-    """Rows that count upwards from a number that the step's seed draws. peak: MiB at most, over steps but the first."""
+class Watched(Counting):
+    """Counting, with a look at the worker's memory. peak: MiB at most, over steps but the first."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.module: nn.Module = LanguageModelLoss(GPT(MODEL))
+        super().__init__(MODEL, rows=ROWS)
         self.peak = 0.0
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
@@ -53,16 +49,7 @@ class Counting:
         if step == 1:
             forget_peak()
         self.peak = high_water_mark() / 2**20
-        first = torch.randint(IDS, (ROWS, 1), generator=torch.Generator().manual_seed(step))
-        ids = torch.chunk((first + torch.arange(LENGTH + 1)) % IDS, ranks.world)[ranks.rank]
-        positions = torch.arange(LENGTH).expand(len(ids), -1)
-        tensors = {"ids": ids[:, :-1], "positions": positions, "labels": ids[:, 1:]}
-        tensors |= {"loss_weights": torch.ones(len(ids), LENGTH), "image_part": positions >= LENGTH // 2}
-        return WeightedBatch(tensors, float(len(ids) * LENGTH))
-
-    def validate(self, step: int) -> Mapping[str, Any]:
-        """Nothing is held out."""
-        return {}
+        return super().batch(step, ranks)
 
     def publish(self, output: Path) -> None:
         """What was learned is of no use."""
@@ -130,7 +117,7 @@ def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) ->
         validate_every=steps,
         checkpoint_every=steps,
     )
-    task = Counting()
+    task = Watched()
     train(task, config=loop, output=output, identity={}, ranks=Ranks(rank, world))
     (output / f"peak_{rank}.json").write_text(json.dumps(task.peak - before))
     if dist.is_initialized():
@@ -140,12 +127,6 @@ def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) ->
 def forget_peak() -> None:
     """Let the peak of this process begin anew, at what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_losses(output: Path) -> dict[int, float]:
-    """Loss by step."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from cogview.errors import ConfigError, SchemaError, VocabularyError
-from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, write_manifest
+from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, read_sealed, write_manifest, write_sealed
 from cogview.shards.reader import TokenShards
 from cogview.shards.schema import TokenOrigin, check_tokens
 from cogview.shards.writer import TokenRow, token_batch, write_token_shard
@@ -88,9 +88,9 @@ def test_codes_of_another_size_are_checked_as_the_main_ones_are(codes: dict[int,
 
 def test_sizes_are_told_apart_by_the_origin(tmp_path: Path) -> None:
     write(tmp_path, rows_of_three_sizes(2))
-    manifest = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    manifest = read_sealed(tmp_path / MANIFEST_NAME)
     manifest["extra"]["other_grids"] = [4, 2]
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    write_sealed(tmp_path / MANIFEST_NAME, manifest)
     with pytest.raises((SchemaError, VocabularyError), match=r"other_grids|columns"):
         TokenShards.open(tmp_path)
     with pytest.raises(SchemaError, match=r"the grids are \[3, 3\]"):

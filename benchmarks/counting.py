@@ -1,0 +1,54 @@
+"""A GPT that learns to count: a small training task, for benchmarks of the loop itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.published import save_model
+from cogview.training.language_model import LanguageModelLoss
+from cogview.training.loop import METRICS_NAME, Ranks, WeightedBatch
+
+
+class Counting:
+    """Rows that count upwards from numbers that the step's seed draws; `rows` of them in a global batch.
+
+    Half of a row counts as text, half as image. gpt: the model, always with the same first weights.
+    """
+
+    def __init__(self, model: GPTConfig, *, rows: int) -> None:
+        torch.manual_seed(0)
+        self.gpt = GPT(model)
+        self.module: nn.Module = LanguageModelLoss(self.gpt)
+        self.rows = rows
+
+    def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
+        """This worker's rows of a step."""
+        num_ids, length = self.gpt.config.vocab_size, self.gpt.config.max_positions
+        first = torch.randint(num_ids, (self.rows, 1), generator=torch.Generator().manual_seed(step))
+        ids = torch.chunk((first + torch.arange(length + 1)) % num_ids, ranks.world)[ranks.rank]
+        positions = torch.arange(length).expand(len(ids), -1)
+        tensors = {"ids": ids[:, :-1], "positions": positions, "labels": ids[:, 1:]}
+        tensors |= {"loss_weights": torch.ones(len(ids), length), "image_part": positions >= length // 2}
+        return WeightedBatch(tensors, float(len(ids) * length))
+
+    def validate(self, step: int) -> Mapping[str, Any]:
+        """Nothing is held out."""
+        return {}
+
+    def publish(self, output: Path) -> None:
+        """The weights, as any model's."""
+        save_model(self.gpt, output, settings={})
+
+
+def read_losses(output: Path) -> dict[int, float]:
+    """Loss by step. A step that was logged twice is a defect of the loop: ValueError."""
+    lines = [json.loads(line) for line in (output / METRICS_NAME).read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    if len(steps) != len(set(steps)):
+        raise ValueError(f"{output / METRICS_NAME}: a step is there twice")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
