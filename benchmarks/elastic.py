@@ -1,10 +1,10 @@
 """A run that goes on with other numbers of workers: the same rows in the same order, the same losses.
 
 Command: make verify NAME=elastic [ARGS="--steps 60"]
-A small GPT is trained to the end by 1, by 2 and by 4 workers, and once by 2, then 4, then 1, each of which stops as a run
-does that is asked to, so that the next goes on from its checkpoint; all with plain weights (DDP) and with sharded ones
-(FSDP2), without dropout, whose random numbers are each worker's own. Every worker writes down which rows it took. The
-losses are compared with those of the lone worker with plain weights.
+A small GPT is trained to the end by 1, by 2 and by 4 workers, and once by 2, then 4, then 1, each of which stops as a
+run does that is asked to, so that the next goes on from its checkpoint; all with plain weights (DDP) and with sharded
+ones (FSDP2), without dropout, whose random numbers are each worker's own. Every worker writes down which rows it took.
+The losses are compared with those of the lone worker with plain weights.
 """
 
 import json
