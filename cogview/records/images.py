@@ -22,7 +22,7 @@ from cogview.records.pair import Unusable
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 40_000_000  # 120 MB of RGB; Pillow itself only warns up to 179 megapixels
 # Of formats that are decoded whole before they are scaled down, as JPEG is not. WebP's decoder holds four copies.
-FORMAT_PIXELS = {"PNG": 24_000_000, "GIF": 24_000_000, "WEBP": 8_000_000}
+FORMAT_PIXELS = {"PNG": 16_000_000, "GIF": 16_000_000, "WEBP": 8_000_000}
 BACKGROUND = (255, 255, 255)
 LARGE_PIXELS = 4_000_000
 STRIP_ROWS = 512
