@@ -41,7 +41,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention doctor dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,9 @@ analyse-attention: $(READY) ## Look at the attention heads of the model trained 
 
 dashboard: $(READY) ## Open MLflow's pages on 127.0.0.1
 	@$(BIN)/python -m pipelines dashboard $(ARGS)
+
+doctor: $(READY) ## Check versions, memory, disks, ports, GPUs, cluster and tracker [DATA=s3://bucket/folder]
+	@$(BIN)/python -m pipelines doctor $(if $(value DATA),--data $(call quoted,DATA)) $(ARGS)
 
 status: $(READY) ## Stages, scores and paths of the chain that ran last; JSON=1 for programs
 	@$(BIN)/python -m pipelines status $(if $(value JSON),--json) $(ARGS)

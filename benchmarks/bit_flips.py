@@ -42,7 +42,7 @@ from cogview.training.checkpoints import read_checkpoint
 from cogview.training.loop import CHECKPOINTS_NAME, LoopConfig, Ranks, Sharding, train
 
 MODEL = GPTConfig(vocab_size=40, max_positions=8, num_layers=2, hidden_size=16, num_heads=2)
-SCENES, SIDE, GRID, CODES, PIECES = 40, 64, 8, 512, 256
+SCENES, SIDE, GRID, CODES, PIECES = 12, 64, 8, 512, 256
 ORIGIN = TokenOrigin(
     text_tokenizer="0" * 64,
     image_tokenizer="1" * 64,
@@ -127,36 +127,46 @@ def write_checkpoint(root: Path, sharding: Sharding) -> Path:
 
 def write_pairs(folder: Path) -> Path:
     """A closed folder of one shard of drawn scenes."""
-    pairs = [
-        TextImagePair(
-            key=f"{number:05d}",
-            captions=(captioned.english, captioned.chinese),
-            image_bytes=encode_image(draw_scene(captioned.scene, image_size=SIDE)).data,
-            source=f"scene:{number}",
-        )
-        for number, captioned in enumerate(corpus(0, SCENES))
-    ]
-    written = write_pair_shard(folder, "shard-00000", pairs, open_file=atomic_file)
-    files = {name: file_record(folder / name) for name in written.files}
-    return close(folder, ShardEntry(shard=0, rows_in=SCENES, rows_out=SCENES, files=files), {})
+    return close(folder, pair_entry(folder, 0), {})
 
 
 def write_tokens(folder: Path) -> Path:
     """A closed folder of one shard of tokens."""
-    generator = np.random.default_rng(0)
+    return close(folder, token_entry(folder, 0), asdict(ORIGIN))
+
+
+def pair_entry(folder: Path, shard: int) -> ShardEntry:
+    """Write a shard of drawn scenes; its entry."""
+    pairs = [
+        TextImagePair(
+            key=f"{captioned.number:05d}",
+            captions=(captioned.english, captioned.chinese),
+            image_bytes=encode_image(draw_scene(captioned.scene, image_size=SIDE)).data,
+            source=f"scene:{captioned.number}",
+        )
+        for captioned in corpus(shard, SCENES)
+    ]
+    written = write_pair_shard(folder, f"shard-{shard:05d}", pairs, open_file=atomic_file)
+    files = {name: file_record(folder / name) for name in written.files}
+    return ShardEntry(shard=shard, rows_in=SCENES, rows_out=SCENES, files=files)
+
+
+def token_entry(folder: Path, shard: int) -> ShardEntry:
+    """Write a shard of tokens; its entry."""
+    generator = np.random.default_rng(shard)
     rows = [
         TokenRow(
-            key=f"{number:05d}",
+            key=f"{captioned.number:05d}",
             text=captioned.english,
             text_ids=generator.integers(0, PIECES, 12, dtype=np.int32),
             image_codes=generator.integers(0, CODES, GRID**2, dtype=np.uint16),
-            source=f"scene:{number}",
+            source=f"scene:{captioned.number}",
         )
-        for number, captioned in enumerate(corpus(0, SCENES))
+        for captioned in corpus(shard, SCENES)
     ]
-    name = f"train/{shard_name(0, 'arrow')}"
+    name = f"train/{shard_name(shard, 'arrow')}"
     files = {name: write_token_shard(folder / name, rows, origin=ORIGIN)}
-    return close(folder, ShardEntry(shard=0, rows_in=SCENES, rows_out=SCENES, files=files), asdict(ORIGIN))
+    return ShardEntry(shard=shard, rows_in=SCENES, rows_out=SCENES, files=files)
 
 
 def close(folder: Path, entry: ShardEntry, extra: dict[str, object]) -> Path:

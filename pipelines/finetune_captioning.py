@@ -4,7 +4,7 @@ Command: make finetune-captioning
 Reads:   the outputs of pretrain (or a released GPT, imported), tokenize_pairs and of both tokenizers
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00000500.png
 Time:    smoke: about 5 minutes on two cores
-Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
+Before:  --plan [--gpu-memory 80] [--gpu-tflops 300 --gpu-price 2.5] tells memory, tokens, steps, days and price
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,7 @@ from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.tasks.finetuning import SOURCES, Finetuning, finetune, finetuning_plan
 from pipelines.tasks.language_model import LanguageModelTask, require_inputs
@@ -100,10 +101,10 @@ def resolve(config: Config, *, root: Path) -> Config:
     return filled
 
 
-def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+def plan(config: Config, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells; it needs the inputs, from which the model's shape and the length of rows follow."""
     settings = finetuning(config, output=Path())
-    return finetuning_plan(settings, num_workers=config.num_workers, gpu_memory=gpu_memory)
+    return finetuning_plan(settings, num_workers=config.num_workers, gpus=gpus)
 
 
 def finetuning(config: Config, *, output: Path) -> Finetuning:

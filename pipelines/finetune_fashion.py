@@ -5,7 +5,7 @@ Reads:   the Arrow shards of tokenize_pairs; the text tokenizer and the VQGAN th
          that was trained with the same text tokenizer and any image tokenizer
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png
 Time:    smoke: some minutes on two cores, after those for the VQGAN and the tokens
-Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
+Before:  --plan [--gpu-memory 80] [--gpu-tflops 300 --gpu-price 2.5] tells memory, tokens, steps, days and price
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,7 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.workers import TrainingJob, train_on_ray
 from pipelines.tasks.language_model import PRODUCERS, SCORES, LanguageModelTask, Parts, require_inputs
@@ -141,9 +142,9 @@ def resolve(config: Config, *, root: Path) -> Config:
     return filled
 
 
-def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+def plan(config: Config, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
-    return training_plan(config, gpu_memory=gpu_memory)
+    return training_plan(config, gpus=gpus)
 
 
 def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:

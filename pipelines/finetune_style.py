@@ -6,7 +6,7 @@ Reads:   pictures of a style; or a folder with a sub-folder for each style, or t
 Writes:  model.safetensors, model.json (and lora.safetensors, lora.json with --lora.rank), styles.png, tokens/,
          metrics.jsonl, checkpoints/
 Time:    smoke: about a minute on two cores
-Before:  --plan [--gpu-memory 24] tells memory, tokens and steps, and starts nothing
+Before:  --plan [--gpu-memory 24] [--gpu-tflops 60 --gpu-price 0.8] tells memory, tokens, steps, days and price
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.training.loop import LoopConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.plan import plan_lines
 from pipelines.tasks.finetuning import SOURCES, Finetuning, finetune
@@ -162,7 +163,7 @@ def resolve(config: Config, *, root: Path) -> Config:
     return filled
 
 
-def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+def plan(config: Config, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells: of the given checkpoint, else of the released 4B model."""
     model, length = SIZES["4b"], SIZES["4b"].max_positions
     if config.checkpoint is not None:
@@ -173,7 +174,7 @@ def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
         loop=config.loop,
         length=length - 1,
         num_workers=config.num_workers,
-        gpu_memory=gpu_memory,
+        gpus=gpus,
         lora=config.lora,
     )
 

@@ -5,7 +5,7 @@ Reads:   a trained model (pretrain) with its tokenizers; token rows of each pict
          super_resolution), or scenes that it draws itself
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png; tokens/ of the scenes
 Time:    smoke: about 5 minutes on two cores
-Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
+Before:  --plan [--gpu-memory 80] [--gpu-tflops 300 --gpu-price 2.5] tells memory, tokens, steps, days and price
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +32,7 @@ from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.chain import fill_from_chain
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.tasks.finetuning import SOURCES, Finetuning, finetune, finetuning_plan
 from pipelines.tasks.language_model import Inputs, LanguageModelTask, TaskConfig, lay_out_rows
@@ -138,12 +139,12 @@ def resolve(config: Config, *, root: Path) -> Config:
     return filled
 
 
-def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+def plan(config: Config, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells; it needs the inputs."""
     if config.tokens is None:
         raise ConfigError("tokens is not given; a plan needs to know the rows: give --tokens FOLDER")
     settings = settings_of(config, tokens=config.tokens, output=Path())
-    return finetuning_plan(settings, num_workers=config.num_workers, gpu_memory=gpu_memory)
+    return finetuning_plan(settings, num_workers=config.num_workers, gpus=gpus)
 
 
 def draw_scenes(config: Config, *, run: JobRun) -> Path:

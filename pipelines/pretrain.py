@@ -4,7 +4,7 @@ Command: python -m pipelines pretrain smoke --tokens ... --text-tokenizer ... --
 Reads:   the Arrow shards of tokenize_pairs; both tokenizers, for the sample grids and the fingerprints
 Writes:  model.safetensors, model.json, metrics.jsonl, checkpoints/, samples/step_00001000.png
 Time:    smoke: about 5 minutes on two cores
-Before:  --plan [--gpu-memory 80] tells memory, tokens and steps, and starts nothing
+Before:  --plan [--gpu-memory 80] [--gpu-tflops 300 --gpu-price 2.5] tells memory, tokens, steps, days and price
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from cogview.models.sizes import SIZES
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.workers import TrainingJob, train_on_ray
 from pipelines.tasks.language_model import SCORES, LanguageModelTask, require_inputs
@@ -79,13 +80,13 @@ SMOKE = replace(
     is_image_fixed=True,
     text_loss_weight=0.5,  # with so few steps the pictures are worth more than the captions
     loop=LoopConfig(
-        num_steps=2000,
+        num_steps=2200,
         global_batch_size=16,
         # So strong a decay makes the model compose shapes and colours that it never saw together; without it, it learns
         # by heart those that it did.
         optimizer=OptimizerConfig(learning_rate=8e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
-        validate_every=500,
+        validate_every=1100,
         checkpoint_every=500,
     ),
     num_workers=2,
@@ -116,9 +117,9 @@ def main(config: Config, run: JobRun) -> None:
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
 
 
-def plan(config: Config, *, gpu_memory: float | None) -> Iterator[str]:
+def plan(config: Config, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
-    return training_plan(config, gpu_memory=gpu_memory)
+    return training_plan(config, gpus=gpus)
 
 
 def build_task(settings: TaskSettings, ranks: Ranks) -> LanguageModelTask:

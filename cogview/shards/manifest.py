@@ -8,13 +8,15 @@ are sealed: they hold a sha256 of the rest of themselves, so that no bit of them
 
 import errno
 import hashlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from cogview.errors import ManifestError, StorageError
 
@@ -22,6 +24,7 @@ ENTRY_FOLDER = "_manifest"
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 TEMPORARY = ".tmp"
+READ_AT_ONCE = 2**20
 SEAL = "sha256_of_the_rest"
 
 
@@ -45,14 +48,19 @@ def shard_name(shard: int, suffix: str) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under `path` whole, synced to disk, or not at all. StorageError on a full disk."""
+    """Open a file, to be written from its start to its end, that appears under `path` whole and synced, or not at all.
+
+    StorageError on a full disk, or where it reads back differently from what was written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            checked = _Checked(file)
+            yield cast(BinaryIO, checked)
             file.flush()
             os.fsync(file.fileno())
+        checked.require(temporary, name=path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -61,6 +69,37 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Checked(io.BufferedIOBase):
+    """A file on its way to the disk, with a checksum of what should arrive there."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._checksum = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._checksum = zlib.crc32(data, self._checksum)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def require(self, path: Path, *, name: Path) -> None:
+        """StorageError unless the file at `path` holds what was written. name: that it will have."""
+        found = 0
+        with open(path, "rb") as file:
+            while piece := file.read(READ_AT_ONCE):
+                found = zlib.crc32(piece, found)
+        if found != self._checksum:
+            raise StorageError(f"{name} reads back differently from what was written; its disk or memory is failing")
 
 
 def remove_temporary(folder: Path) -> None:

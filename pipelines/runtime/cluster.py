@@ -79,7 +79,7 @@ def ensure_ray(*, address: str | None = None, num_cpus: int | None = None) -> No
             "include_dashboard": False,
         }
     else:
-        _check_answers(address)
+        check_answers(address)
     for attempt in range(START_ATTEMPTS):
         with Isolated() as start, _own_sigterm(), _no_orphans():
             context = ray.init(address=address, **options)
@@ -123,7 +123,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """ConfigError when nothing listens there: Ray itself would end the whole process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # such as `auto`

@@ -96,15 +96,15 @@ def _dispatch(words: list[str], out: TextIO) -> None:
 
 
 def _plan(order: Order, module: ModuleType, config: Any) -> Iterator[str]:
-    """The lines of a job's plan, which is told what it asks for: the memory of a GPU, the folder of the run."""
+    """The lines of a job's plan, which is told what it asks for: what is known of the GPUs, the folder of the run."""
     if not hasattr(module, "plan"):
         raise ConfigError(f"--plan: {order.job} has no plan; `python -m pipelines pretrain --plan` shows one")
     asked = inspect.signature(module.plan).parameters
-    if order.gpu_memory is not None and "gpu_memory" not in asked:
-        raise ConfigError(f"--gpu-memory: {order.job} trains no model that has to fit; leave it away")
+    if order.gpus.named and "gpus" not in asked:
+        raise ConfigError(f"{order.gpus.named}: {order.job} trains no model that has to fit; leave it away")
     if hasattr(module, "resolve"):
         config = module.resolve(config, root=order.root)
-    known = {"gpu_memory": order.gpu_memory, "root": order.root}
+    known = {"gpus": order.gpus, "root": order.root}
     lines: Iterator[str] = module.plan(config, **{name: value for name, value in known.items() if name in asked})
     return lines
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cogview.config import ROLE
 from cogview.errors import ConfigError
+from pipelines.runtime.gpus import FLAGS, UNKNOWN, GPUs, read_number
 from pipelines.runtime.menu import VERBS, check_known, menu, nearest
 
 DEFAULT_PRESET = "smoke"
@@ -23,7 +24,7 @@ SHARED_HELP = (
 class Order:
     """What a command line asks for, before the job's own flags are read.
 
-    root: absolute; is_plan: only tell what the run would take; gpu_memory: GiB of each GPU that it has to fit.
+    root: absolute; is_plan: only tell what the run would take; gpus: what the plan is made for.
     """
 
     job: str
@@ -32,7 +33,7 @@ class Order:
     flags: tuple[str, ...]
     is_verbose: bool
     is_plan: bool = False
-    gpu_memory: float | None = None
+    gpus: GPUs = UNKNOWN
 
     @property
     def wants_help(self) -> bool:
@@ -49,7 +50,7 @@ def read_order(words: Sequence[str]) -> Order:
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_PRESET
     if items[job].presets:
         check_known("preset", preset, items[job].presets, remedy=f"{job} has {', '.join(items[job].presets)}.")
-    root, flags, is_verbose, is_plan, gpu_memory = str(RUNS / preset), [], False, False, None
+    root, flags, is_verbose, is_plan, gpus = str(RUNS / preset), [], False, False, UNKNOWN
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -57,8 +58,9 @@ def read_order(words: Sequence[str]) -> Order:
             if not equals and (not rest or rest[0].startswith("-")):
                 raise ConfigError("--root: give a folder, such as --root runs/mine")
             root = value if equals else rest.pop(0)
-        elif name == "--gpu-memory":
-            gpu_memory = _gibibytes(value if equals else "".join(rest[:1]))
+        elif name.removeprefix("--gpu-") in FLAGS and name.startswith("--gpu-"):
+            known = name.removeprefix("--gpu-")
+            gpus = dataclasses.replace(gpus, **{known: read_number(known, value if equals else "".join(rest[:1]))})
             del rest[: 0 if equals else 1]
         elif word == "--verbose":
             is_verbose = True
@@ -66,8 +68,8 @@ def read_order(words: Sequence[str]) -> Order:
             is_plan = True
         else:
             flags.append(word)
-    if gpu_memory is not None and not is_plan:
-        raise ConfigError("--gpu-memory is what a plan has to fit; give --plan as well")
+    if gpus.named and not is_plan:
+        raise ConfigError(f"{gpus.named} is for a plan; give --plan as well")
     return Order(
         job=job,
         preset=preset,
@@ -75,7 +77,7 @@ def read_order(words: Sequence[str]) -> Order:
         flags=tuple(flags),
         is_verbose=is_verbose,
         is_plan=is_plan,
-        gpu_memory=gpu_memory,
+        gpus=gpus,
     )
 
 
@@ -114,13 +116,6 @@ def check_flags(flags: Sequence[str], default: Any) -> None:
         near = last_parts.get(name) or nearest(name, known)
         hint = f": did you mean --{near}?" if near else "."
         raise ConfigError(f"unknown flag --{name}{hint} --help lists the flags and their defaults.")
-
-
-def _gibibytes(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError(f"--gpu-memory {text}: give the GiB of one GPU, such as --gpu-memory 32") from error
 
 
 def _paragraphs(docstring: str) -> list[str]:

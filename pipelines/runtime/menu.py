@@ -16,6 +16,7 @@ MENU_ORDER = (
 )
 VERBS = {
     "status": "Stages, shards, scores and paths of a run (or the last), from the disk alone (--json: for programs).",
+    "doctor": "Whether this machine, its GPUs, disks, ports and the data can do what jobs ask of them.",
     "dashboard": "Open MLflow's pages for the runs, on 127.0.0.1.",
 }
 

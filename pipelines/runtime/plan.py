@@ -14,6 +14,8 @@ from cogview.models.lora import LoRAConfig, count_adapters
 from cogview.models.sizes import SIZES
 from cogview.training.loop import LoopConfig
 from cogview.training.memory_plan import RESERVE, StepShape, plan_memory
+from cogview.training.step_cost import RowCost, row_cost
+from pipelines.runtime.gpus import GPUs
 
 SHARDS = (8, 64, 512)
 COLUMNS = ("weights", "states", "gradients", "activations", "or kept", "logits", "peak", "or kept")
@@ -32,10 +34,10 @@ def plan_lines(
     loop: LoopConfig,
     length: int,
     num_workers: int,
-    gpu_memory: float | None,
+    gpus: GPUs,
     lora: LoRAConfig = ALL_WEIGHTS,
 ) -> Iterator[str]:
-    """The plan. length: tokens of a row after the shift; gpu_memory: GiB of each GPU, None if nobody asks.
+    """The plan. length: tokens of a row after the shift; gpus: one for each worker.
 
     lora: with a rank, only adapters are trained.
 
@@ -62,12 +64,28 @@ def plan_lines(
     plan = plan_memory(model, step)
     reserve = f"about {RESERVE / GIB:.1f} GiB for CUDA itself"
     yield f"memory: {plan.peak / GIB:.1f} GiB on each of {num_workers} workers, and {reserve}"
-    if gpu_memory is not None and not plan.fits(round(gpu_memory * GIB)):
+    yield from _time_and_price(row_cost(model, length=length, lora=lora), loop=loop, num_workers=num_workers, gpus=gpus)
+    if gpus.memory is not None and not plan.fits(round(gpus.memory * GIB)):
         raise ConfigError(
-            f"--gpu-memory {gpu_memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose "
+            f"--gpu-memory {gpus.memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose "
             "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, "
             "a smaller --loop.micro-batch-size or a smaller model"
         )
+
+
+def _time_and_price(cost: RowCost, *, loop: LoopConfig, num_workers: int, gpus: GPUs) -> Iterator[str]:
+    rows = loop.num_steps * loop.global_batch_size
+    again = f", {cost.remade / cost.total:.0%} of it forward passes that are done again" if cost.remade else ""
+    yield f"work: {rows * cost.total:.3g} floating-point operations{again}"
+    if gpus.tflops is None:
+        yield "time: give --gpu-tflops, what one GPU sustains in training, for days, and --gpu-price for their price"
+        return
+    seconds = rows * cost.total / (num_workers * gpus.tflops * 1e12)
+    step, days = seconds / loop.num_steps, seconds / 86_400
+    yield f"time: {step:.3g} s a step, {days:,.1f} days on {num_workers} GPUs of {gpus.tflops:g} TFLOP/s each"
+    if gpus.price is not None:
+        hours = seconds / 3600 * num_workers
+        yield f"price: {hours:,.0f} GPU hours at {gpus.price:g} are {hours * gpus.price:,.0f}"
 
 
 def _memory_table(models: Mapping[str, GPTConfig], step: StepShape) -> Iterator[str]:

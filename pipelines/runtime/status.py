@@ -50,10 +50,15 @@ class DashboardConfig:
 
 
 def run_verb(verb: str, words: Sequence[str], *, runs: Path, out: TextIO) -> None:
-    """Run `status` or `dashboard` with its flags."""
+    """Run `status`, `doctor` or `dashboard` with its flags."""
     import tyro
 
     prog = f"python -m pipelines {verb}"
+    if verb == "doctor":
+        from pipelines.runtime import doctor
+
+        doctor.show_findings(tyro.cli(doctor.DoctorConfig, args=list(words), prog=prog), out=out)
+        return
     if verb == "dashboard":
         dashboard = tyro.cli(DashboardConfig, args=list(words), prog=prog)
         serve_dashboard(dashboard.root or latest_root(runs), port=dashboard.port, out=out)

@@ -23,6 +23,7 @@ from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
 from cogview.training.loop import LoopConfig, Ranks
 from cogview.training.precision import DTYPES
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.plan import plan_lines
 from pipelines.runtime.workers import TrainingJob, train_on_ray
@@ -202,7 +203,7 @@ def build_task(settings: Finetuning, ranks: Ranks) -> LanguageModelTask:
     return LanguageModelTask(gpt, parts=started.parts, config=started.config, ranks=ranks)
 
 
-def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float | None) -> Iterator[str]:
+def finetuning_plan(settings: Finetuning, *, num_workers: int, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells of a finetune, from the shapes alone: the weights are not read."""
     stored = read_settings(settings.checkpoint)
     grid = settings.inputs.load().train.grid
@@ -213,6 +214,6 @@ def finetuning_plan(settings: Finetuning, *, num_workers: int, gpu_memory: float
         loop=settings.loop,
         length=sequence.length - 1,
         num_workers=num_workers,
-        gpu_memory=gpu_memory,
+        gpus=gpus,
         lora=settings.lora,
     )

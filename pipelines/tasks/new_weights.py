@@ -21,6 +21,7 @@ from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
 from cogview.tokenizers.dvae import DVAETokenizer
 from cogview.training.loop import Ranks
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.plan import plan_lines
 from pipelines.tasks.language_model import Inputs, LanguageModelTask, Parts, TaskConfig, require_inputs
 
@@ -66,13 +67,13 @@ def task_around(
     return LanguageModelTask(gpt, parts=parts, config=task, ranks=ranks)
 
 
-def training_plan(config: Any, *, gpu_memory: float | None) -> Iterator[str]:
+def training_plan(config: Any, *, gpus: GPUs) -> Iterator[str]:
     """What `--plan` tells; with the inputs given, of the vocabulary and length that they need."""
     model, length = config.model, config.model.max_positions
     if config.tokens and config.text_tokenizer and config.image_tokenizer:
         parts = require_inputs(config).load()
         model, length = fitted(model, parts, max_text=config.max_text), row_length(parts, max_text=config.max_text)
-    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpu_memory=gpu_memory)
+    return plan_lines(model, loop=config.loop, length=length - 1, num_workers=config.num_workers, gpus=gpus)
 
 
 def fitted(model: GPTConfig, parts: Parts, *, max_text: int) -> GPTConfig:

@@ -14,6 +14,7 @@ from cogview.models.published import SETTINGS_NAME, load_model, save_model
 from cogview.sequences.layout import TASKS
 from cogview.training.loop import Ranks, train
 from pipelines.finetune_fashion import PRESETS, Config, TaskSettings, build_task, plan, resolve
+from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.language_model import require_inputs
 from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
 
@@ -57,7 +58,7 @@ def test_the_paper_has_50_by_50_codes_and_sparse_attention() -> None:
     overhead = TASKS["text_to_image"].overhead()
     assert 50 * 50 + paper.max_text + overhead <= paper.model.max_positions
     assert (paper.model.num_layers, paper.model.attention) == (36, "sparse")
-    (row,) = [line for line in plan(paper, gpu_memory=None) if line.startswith("this run")]
+    (row,) = [line for line in plan(paper, gpus=UNKNOWN) if line.startswith("this run")]
     assert f"{count_parameters(paper.model):,}" in row
 
 

@@ -18,6 +18,7 @@ from cogview.shards.reader import TokenShards
 from cogview.training.checkpoints import STATE_NAME
 from pipelines import merge_adapters
 from pipelines.finetune_style import JOB, PRESETS, Config, main, plan, resolve
+from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Finished, run_job
 from pipelines.tasks.style_rows import StyleData, write_style_rows
 from tests.pipelines.job_runs import open_run
@@ -129,11 +130,11 @@ def test_templates_need_their_places(config: Config, name: str, template: str) -
 
 
 def test_a_plan_tells_what_adapters_save() -> None:
-    lines = list(plan(PRESETS["paper_lora"], gpu_memory=16))
+    lines = list(plan(PRESETS["paper_lora"], gpus=GPUs(memory=16)))
     assert any("rank 16, 31,457,280 parameters" in line for line in lines)
     whole = replace(PRESETS["paper_lora"], lora=LoRAConfig())
     with pytest.raises(ConfigError, match="--gpu-memory 16: a worker needs"):
-        list(plan(whole, gpu_memory=16))
+        list(plan(whole, gpus=GPUs(memory=16)))
 
 
 def test_the_model_comes_from_the_last_chain(config: Config, tmp_path: Path) -> None:

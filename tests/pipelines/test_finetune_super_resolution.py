@@ -19,6 +19,7 @@ from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.training.loop import LoopConfig, Ranks, train
 from cogview.training.optimization import OptimizerConfig
 from pipelines.finetune_super_resolution import PRESETS, Config, draw_scenes, plan, resolve, settings_of
+from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.finetuning import build_task
 from pipelines.tasks.scene_squares import SceneSquares
 from tests.pipelines.job_runs import open_run
@@ -136,10 +137,10 @@ def test_rows_of_other_grids_are_refused(config: Config, tokens: Path) -> None:
 
 
 def test_a_plan_needs_rows(config: Config, tokens: Path) -> None:
-    lines = list(plan(replace(config, tokens=tokens), gpu_memory=None))
+    lines = list(plan(replace(config, tokens=tokens), gpus=UNKNOWN))
     assert any(line.startswith("steps: 12 of 4 rows") for line in lines)
     with pytest.raises(ConfigError, match="give --tokens"):
-        plan(config, gpu_memory=None)
+        plan(config, gpus=UNKNOWN)
 
 
 def test_settings_that_cannot_work_are_refused(config: Config, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cogview.models.published import load_model, save_model
 from cogview.sequences.layout import TASKS
 from cogview.training.loop import LoopConfig, Ranks, train
 from cogview.training.optimization import OptimizerConfig
+from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.finetuning import Finetuning, build_task, finetuning_plan
 from pipelines.tasks.language_model import Inputs
 from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
@@ -86,7 +87,7 @@ def test_weights_of_other_tokenizers_are_refused(settings: Finetuning, tmp_path:
 
 
 def test_a_plan_needs_no_weights(settings: Finetuning) -> None:
-    lines = list(finetuning_plan(settings, num_workers=1, gpu_memory=None))
+    lines = list(finetuning_plan(settings, num_workers=1, gpus=UNKNOWN))
     assert any(line.startswith("steps: 8 of 4 rows") for line in lines)
 
 

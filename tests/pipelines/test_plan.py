@@ -11,10 +11,11 @@ from cogview.models.sizes import SIZES
 from pipelines import pretrain
 from pipelines.runtime import command_line
 from pipelines.runtime.flags import read_order
+from pipelines.runtime.gpus import UNKNOWN, GPUs
 
 
 def test_the_plan_of_the_paper_tells_every_size_tokens_and_steps() -> None:
-    text = "\n".join(pretrain.plan(pretrain.PAPER, gpu_memory=None))
+    text = "\n".join(pretrain.plan(pretrain.PAPER, gpus=UNKNOWN))
     assert {*SIZES, "this run"} <= {line[:10].strip() for line in text.splitlines()}
     assert "3,928,849,920" in text
     assert "144,000 of 6,144 rows x 1,088 tokens" in text
@@ -23,7 +24,7 @@ def test_the_plan_of_the_paper_tells_every_size_tokens_and_steps() -> None:
 
 def test_what_does_not_fit_is_told_after_the_table() -> None:
     whole = replace(pretrain.PAPER, loop=replace(pretrain.PAPER.loop, sharding="none"))
-    lines = pretrain.plan(whole, gpu_memory=32.0)
+    lines = pretrain.plan(whole, gpus=GPUs(memory=32.0))
     told = io.StringIO()
     with pytest.raises(ConfigError, match="--gpu-memory 32: a worker needs"):
         told.writelines(lines)
@@ -31,8 +32,18 @@ def test_what_does_not_fit_is_told_after_the_table() -> None:
 
 
 def test_what_fits_raises_nothing() -> None:
-    assert list(pretrain.plan(pretrain.PAPER, gpu_memory=32.0)), "spread over the paper's 512 GPUs"
-    assert list(pretrain.plan(replace(pretrain.PAPER, model=SIZES["tiny"]), gpu_memory=80.0))
+    assert list(pretrain.plan(pretrain.PAPER, gpus=GPUs(memory=32.0))), "spread over the paper's 512 GPUs"
+    assert list(pretrain.plan(replace(pretrain.PAPER, model=SIZES["tiny"]), gpus=GPUs(memory=80.0)))
+
+
+def test_days_and_price_follow_from_what_a_gpu_sustains() -> None:
+    text = "\n".join(pretrain.plan(pretrain.PAPER, gpus=GPUs(tflops=50.0, price=2.0)))
+    # 144,000 x 6,144 rows x 1,088 tokens x 3.93e9 weights x 8, forward passes done again among them, is 3.0e22;
+    # attention comes to it
+    assert "work: 3.1e+22 floating-point operations" in text
+    assert "8.4 s a step, 14.0 days on 512 GPUs of 50 TFLOP/s each" in text
+    assert "GPU hours at 2 are" in text
+    assert "time: give --gpu-tflops" in "\n".join(pretrain.plan(pretrain.PAPER, gpus=UNKNOWN))
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 0), (("--gpu-memory", "1"), 2), (("--gpu-memory=many",), 2)])

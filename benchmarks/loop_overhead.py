@@ -1,0 +1,185 @@
+"""What Ray Train and the loop's bookkeeping cost: the step of the smoke run's GPT, with them and without.
+
+Command: make verify NAME=loop_overhead [ARGS="--root runs/smoke --steps 150 --turns 3"]
+*Bare* is the shortest loop that trains the same model on the same batches in this process: forward, backward, clipping,
+Adam. *Ray Train* is the loop as `pretrain` runs it, with one worker, so that both have the same threads: it also sums
+over workers, looks for faults and for a request to stop, logs, and writes a checkpoint and a score every 50 steps. Both
+take turns; a step's time is from one batch to the next, without the steps of checkpoints and scores, which are told by
+themselves, and its median over the turns is compared. Data wait is the share of the time spent on reading batches.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.chains import stage_folders
+from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
+from cogview.config import input_field
+from cogview.training.language_model import LanguageModelLoss
+from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.optimization import build_optimizer, clip_gradients, learning_rate_at
+from pipelines.pretrain import PRESETS, build_task
+from pipelines.runtime.cluster import ensure_ray, shutdown_ray
+from pipelines.runtime.display import PlainDisplay
+from pipelines.runtime.jobs import Job, JobRun, run_job
+from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.tasks.language_model import PRODUCERS, Inputs, LanguageModelTask
+from pipelines.tasks.new_weights import TaskSettings
+
+WARM_UP, EVERY, THREADS = 10, 50, 2
+TIMES_NAME = "times.json"
+BARS = (
+    Bar(figure="step/times the bare loop's", op="<=", value=1.03),
+    Bar(figure="data wait/share of the step", op="<", value=0.01),
+)
+Times = list[tuple[float, float]]  # when a batch was asked for, and when it was there
+
+
+class TimedTask:
+    """The task of pretraining, which notes when it is asked for batches."""
+
+    def __init__(self, task: LanguageModelTask, output: Path) -> None:
+        self.task, self.module, self.output = task, task.module, output
+        self.times: Times = []
+
+    def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
+        """The rows of a step."""
+        asked = time.perf_counter()
+        batch = self.task.batch(step, ranks)
+        self.times.append((asked, time.perf_counter()))
+        return batch
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Scores are another matter."""
+        return {}
+
+    def publish(self, output: Path) -> None:
+        """The times instead of the weights."""
+        (output / TIMES_NAME).write_text(json.dumps(self.times))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """turn: makes each run another one."""
+
+    tokens: Path = input_field()
+    text_tokenizer: Path = input_field()
+    image_tokenizer: Path = input_field()
+    loop: LoopConfig
+    turn: int
+
+
+def settings_of(config: Config, output: Path) -> TaskSettings:
+    """What pretraining builds its task from."""
+    inputs = Inputs(**{name: getattr(config, name) for name in PRODUCERS})
+    return TaskSettings(config=replace(PRESETS["smoke"], loop=config.loop), output=output, inputs=inputs)
+
+
+def build_timed(settings: TaskSettings, ranks: Ranks) -> TimedTask:
+    """Runs on the worker."""
+    torch.set_num_threads(THREADS)
+    return TimedTask(build_task(settings, ranks), settings.output)
+
+
+def train_timed(config: Config, run: JobRun) -> None:
+    """The job: pretraining on Ray with one worker."""
+    job = TrainingJob(
+        build=build_timed,
+        config=settings_of(config, run.output),
+        loop=config.loop,
+        identity={"digest": run.digest},
+        output=run.output,
+        num_workers=1,
+    )
+    train_on_ray(job, run=run)
+
+
+JOB = Job(name="loop_overhead", version=1, products=(TIMES_NAME,), main=train_timed)
+
+
+def measure(*, root: Path, steps: int, turns: int) -> Figures:
+    """Both ways in turn."""
+    folders = stage_folders(root, *PRODUCERS.values())
+    loop = replace(
+        PRESETS["smoke"].loop, num_steps=steps, validate_every=EVERY, checkpoint_every=EVERY, keep_checkpoints=1
+    )
+    bare: list[float] = []
+    ray: list[float] = []
+    waits: list[float] = []
+    kept: list[float] = []
+    ensure_ray()
+    with tempfile.TemporaryDirectory(prefix="cogview-loop-") as name:
+        for turn in range(turns):
+            config = Config(**{field: folders[job] for field, job in PRODUCERS.items()}, loop=loop, turn=turn)
+            times = bare_times(config, Path(name))
+            bare.append(statistics.median(step_seconds(times)))
+            done = run_job(JOB, config, root=Path(name) / "runs", display=PlainDisplay([], stream=sys.stderr))
+            times = json.loads((done.output / TIMES_NAME).read_text())
+            ray.append(statistics.median(step_seconds(times)))
+            waits.append(statistics.median(there - asked for asked, there in times[WARM_UP:]))
+            kept += [
+                times[step][0] - times[step - 1][0] - ray[-1] for step in range(EVERY, len(times), EVERY)
+            ]  # what comes between these two steps besides the step
+            say(f"turn {turn + 1}: bare {bare[-1] * 1000:.1f} ms, Ray Train {ray[-1] * 1000:.1f} ms a step")
+    shutdown_ray()
+    figures = {
+        "step/times the bare loop's": statistics.median(ray) / statistics.median(bare),
+        "data wait/share of the step": statistics.median(waits) / statistics.median(ray),
+        "step/bare, seconds": statistics.median(bare),
+        "step/Ray Train, seconds": statistics.median(ray),
+        "checkpoint, seconds": statistics.median(kept),
+        "steps of a turn": steps,
+        "turns": turns,
+    }
+    return figures | {f"step/turn {n + 1}, times the bare loop's": ray[n] / bare[n] for n in range(turns)}
+
+
+def bare_times(config: Config, output: Path) -> Times:
+    """Train with nothing but what trains."""
+    torch.set_num_threads(THREADS)
+    task = TimedTask(build_task(settings_of(config, output), Ranks()), output)
+    module, loop = task.module, config.loop
+    assert isinstance(module, LanguageModelLoss)
+    module.train()
+    optimizer = build_optimizer(module, loop.optimizer)
+    for step in range(loop.num_steps):
+        batch = task.batch(step, Ranks())
+        optimizer.zero_grad(set_to_none=True)
+        loss = module(**batch.tensors).loss_sum / batch.weight
+        loss.backward()
+        clip_gradients(module, norm=loop.optimizer.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, num_steps=loop.num_steps, config=loop.optimizer)
+        optimizer.step()
+    return task.times
+
+
+def step_seconds(times: Times) -> list[float]:
+    """From one batch to the next, without the first steps and those behind which a checkpoint is written."""
+    starts = [asked for asked, _ in times]
+    return [starts[step + 1] - starts[step] for step in range(WARM_UP, len(starts) - 1) if (step + 1) % EVERY]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each turn (default: 150)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of both ways (default: 3)")
+    flags = parser.parse_args()
+    return verify(
+        "loop_overhead",
+        lambda: measure(root=flags.root, steps=flags.steps, turns=flags.turns),
+        bars=BARS,
+        save=flags.save,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
