@@ -75,23 +75,6 @@ def test_an_error_of_ours_comes_back_from_a_task_and_from_ray_data_with_its_own_
     assert first_line(raised.value) == "num_steps=0: give 1 or more"
 
 
-def test_an_error_of_ours_comes_back_from_a_training_worker(ray_session: None, tmp_path: Path) -> None:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    def refuse() -> None:
-        raise ConfigError("num_steps=0: give 1 or more")
-
-    trainer = TorchTrainer(
-        refuse,
-        scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(storage_path=str(tmp_path), name="refuse"),
-    )
-    with pytest.raises(Exception) as raised:
-        trainer.fit()
-    assert first_line(raised.value) == "num_steps=0: give 1 or more"
-
-
 SCRIPT = """
 import os, signal, time
 from pipelines.runtime.cluster import ensure_ray, shutdown_ray
