@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from cogview.errors import ManifestError
-from cogview.shards.manifest import ShardEntry, read_entry, read_sealed, write_entry, write_json, write_sealed
+from cogview.errors import ManifestError, StorageError
+from cogview.shards.manifest import (
+    ShardEntry,
+    atomic_file,
+    read_entry,
+    read_sealed,
+    write_entry,
+    write_json,
+    write_sealed,
+)
 
 VALUES = {"rows_in": 12, "rejected": {"caption_missing": 2}, "text": "猫 ☃"}
 
@@ -39,3 +47,13 @@ def test_an_entry_that_has_changed_is_not_done(tmp_path: Path) -> None:
     path = tmp_path / "_manifest" / "shard-00003.json"
     path.write_bytes(path.read_bytes().replace(b'"rows_in": 5', b'"rows_in": 6'))
     assert read_entry(tmp_path, 3) is None
+
+
+def test_a_file_that_reads_back_differently_never_appears(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"a\.bin reads back differently"), atomic_file(tmp_path / "a.bin") as file:
+        file.write(b"what should be there")
+        file.flush()
+        (temporary,) = tmp_path.iterdir()
+        with open(temporary, "r+b") as disk:  # as a failing disk would
+            disk.write(b"X")
+    assert list(tmp_path.iterdir()) == []
