@@ -50,10 +50,15 @@ def test_an_entry_that_has_changed_is_not_done(tmp_path: Path) -> None:
 
 
 def test_a_file_that_reads_back_differently_never_appears(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"a\.bin reads back differently"), atomic_file(tmp_path / "a.bin") as file:
+    with pytest.raises(StorageError, match=r"a\.bin reads back differently"):
+        write_to_a_failing_disk(tmp_path / "a.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_to_a_failing_disk(path: Path) -> None:
+    with atomic_file(path) as file:
         file.write(b"what should be there")
         file.flush()
-        (temporary,) = tmp_path.iterdir()
-        with open(temporary, "r+b") as disk:  # as a failing disk would
+        (temporary,) = path.parent.iterdir()
+        with open(temporary, "r+b") as disk:
             disk.write(b"X")
-    assert list(tmp_path.iterdir()) == []
