@@ -60,7 +60,7 @@ def read_settings(folder: Path, name: str = SETTINGS_NAME, *, what: str = "train
         settings["sha256"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} holds no {what} ({error!r}); give the output folder of a training job"
+            f"{folder} holds no {what} ({error}); give the output folder of pretrain, or of another training"
         ) from error
     return settings
 
@@ -78,7 +78,9 @@ def read_tensors(path: Path, *, sha256: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one that was published with it")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} holds no weights ({error}); train again, or fetch it anew") from error
+        raise CheckpointError(
+            f"{path} holds no weights ({error}); give the output folder of pretrain, or of another training"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
