@@ -84,7 +84,7 @@ SMOKE = replace(
         global_batch_size=16,
         # So strong a decay makes the model compose shapes and colours that it never saw together; without it, it learns
         # by heart those that it did.
-        optimizer=OptimizerConfig(learning_rate=8e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
+        optimizer=OptimizerConfig(learning_rate=5e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
         validate_every=1100,
         checkpoint_every=500,
