@@ -5,7 +5,8 @@ Command: make verify NAME=paper_plan [ARGS="--share-of-peak 0.4 --gpu-hours-to-f
 checkpoint. *Taken from the command line*, for no such machine has been measured: which share of their peak the GPUs
 sustain (the peaks are their makers' figures for dense half precision), gigabytes a second that each GPU and the storage
 write, hours of GPU time between two failures (default: about what Meta reports of the training of Llama 3 405B, 419
-unexpected interruptions in 54 days of 16,384 GPUs), minutes until a failed run trains again, and the price of an hour.
+unexpected interruptions in 54 days of 16,384 GPUs), and minutes until a failed run trains again. The price of an hour
+is an example's, in no currency.
 From these follow days, price, the best time between two checkpoints (Young 1974: the square root of 2 x writing x mean
 time to failure) and what checkpoints, lost work and restarts cost with it and with the preset's.
 """
@@ -43,7 +44,7 @@ CLUSTERS = {
         number=512, memory=32, peak=125, price=1.0, activation_checkpointing=True, micro_batch_size=12
     ),
     "64 x 141 GB": Cluster(
-        number=64, memory=141, peak=989, price=3.5, activation_checkpointing=True, micro_batch_size=24
+        number=64, memory=141, peak=989, price=3.5, activation_checkpointing=False, micro_batch_size=8
     ),
 }
 BARS = tuple(Bar(figure=f"{name}/GB of memory to spare", op=">=", value=0) for name in CLUSTERS) + tuple(
@@ -62,7 +63,8 @@ def measure(flags: argparse.Namespace) -> Figures:
     for name, cluster in CLUSTERS.items():
         model = replace(PAPER.model, activation_checkpointing=cluster.activation_checkpointing)
         loop = replace(PAPER.loop, micro_batch_size=cluster.micro_batch_size)
-        found = {**memory(cluster, model, loop), **course(cluster, model, loop, flags)}
+        assumed = {"assumed peak, TFLOP/s": cluster.peak, "assumed price of a GPU hour": cluster.price}
+        found = {**assumed, **memory(cluster, model, loop), **course(cluster, model, loop, flags)}
         figures |= {f"{name}/{key}": value for key, value in found.items()}
         say(f"{name}: {found['days with failures']:.1f} days, {found['price']:,.0f}")
     return figures
