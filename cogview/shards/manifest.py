@@ -123,8 +123,8 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote, without the seal. ManifestError when a single byte of it has changed."""
-    values = read_json(path)
-    if not isinstance(values, dict) or _sealed_bytes({**values, SEAL: ""}) != path.read_bytes():
+    content, values = _read(path)
+    if not isinstance(values, dict) or _sealed_bytes(values) != content:
         raise ManifestError(f"{path} is damaged or of an older version; delete its folder and run the job again")
     del values[SEAL]
     return values
@@ -132,8 +132,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Read JSON; ManifestError when the file is missing or cut."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[bytes, Any]:
+    """A file's bytes, and what they mean as JSON."""
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
+        return content, json.loads(content)
     except (FileNotFoundError, ValueError) as error:
         raise ManifestError(
             f"{path} is missing or damaged ({error}); delete its folder and run the job again"
