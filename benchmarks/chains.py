@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, UnmeasuredError
@@ -35,5 +36,10 @@ def stage_folders(root: Path, *needed: str) -> dict[str, Path]:
 
 def model_folders(root: Path) -> dict[str, Path]:
     """The model and both tokenizers of the chain under a root, by the field of a config that takes them."""
-    folders = stage_folders(root, *MODELS.values())
-    return {name: folders[job] for name, job in MODELS.items()}
+    return folders_by_field(root, MODELS)
+
+
+def folders_by_field(root: Path, fields: Mapping[str, str]) -> dict[str, Path]:
+    """The same for any fields, each with the job whose output it takes."""
+    folders = stage_folders(root, *fields.values())
+    return {name: folders[job] for name, job in fields.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.published import save_model
@@ -28,9 +28,14 @@ class Counting:
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """This worker's rows of a step."""
+        num_ids = self.gpt.config.vocab_size
+        first = torch.randint(num_ids, (self.rows,), generator=torch.Generator().manual_seed(step))
+        return self.counted_from(torch.chunk(first, ranks.world)[ranks.rank])
+
+    def counted_from(self, first_B: Tensor) -> WeightedBatch:
+        """Rows that count upwards from these numbers."""
         num_ids, length = self.gpt.config.vocab_size, self.gpt.config.max_positions
-        first = torch.randint(num_ids, (self.rows, 1), generator=torch.Generator().manual_seed(step))
-        ids = torch.chunk((first + torch.arange(length + 1)) % num_ids, ranks.world)[ranks.rank]
+        ids = (first_B[:, None] + torch.arange(length + 1)) % num_ids
         positions = torch.arange(length).expand(len(ids), -1)
         tensors = {"ids": ids[:, :-1], "positions": positions, "labels": ids[:, 1:]}
         tensors |= {"loss_weights": torch.ones(len(ids), length), "image_part": positions >= length // 2}

@@ -48,12 +48,7 @@ class Ordered(Counting):
             file.write(json.dumps({"step": step, "rank": ranks.rank, "rows": numbers.tolist()}) + "\n")
         if step + 1 == self.last and ranks.rank == 0:
             (self.output / STOP_NAME).touch()
-        length, num_ids = MODEL.max_positions, MODEL.vocab_size
-        ids = (torch.from_numpy(numbers)[:, None] + torch.arange(length + 1)) % num_ids
-        positions = torch.arange(length).expand(len(ids), -1)
-        tensors = {"ids": ids[:, :-1], "positions": positions, "labels": ids[:, 1:]}
-        tensors |= {"loss_weights": torch.ones(len(ids), length), "image_part": positions >= length // 2}
-        return WeightedBatch(tensors, float(len(ids) * length))
+        return self.counted_from(torch.from_numpy(numbers))
 
 
 def measure(*, steps: int) -> Figures:

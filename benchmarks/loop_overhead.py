@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.chains import stage_folders
+from benchmarks.chains import folders_by_field
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.config import input_field
 from cogview.training.language_model import LanguageModelLoss
@@ -105,7 +105,7 @@ JOB = Job(name="loop_overhead", version=1, products=(TIMES_NAME,), main=train_ti
 
 def measure(*, root: Path, steps: int, turns: int) -> Figures:
     """Both ways in turn."""
-    folders = stage_folders(root, *PRODUCERS.values())
+    folders = folders_by_field(root, PRODUCERS)
     loop = replace(
         PRESETS["smoke"].loop, num_steps=steps, validate_every=EVERY, checkpoint_every=EVERY, keep_checkpoints=1
     )
@@ -116,7 +116,7 @@ def measure(*, root: Path, steps: int, turns: int) -> Figures:
     ensure_ray()
     with tempfile.TemporaryDirectory(prefix="cogview-loop-") as name:
         for turn in range(turns):
-            config = Config(**{field: folders[job] for field, job in PRODUCERS.items()}, loop=loop, turn=turn)
+            config = Config(**folders, loop=loop, turn=turn)
             times = bare_times(config, Path(name))
             bare.append(statistics.median(step_seconds(times)))
             done = run_job(JOB, config, root=Path(name) / "runs", display=PlainDisplay([], stream=sys.stderr))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.chains import stage_folders
+from benchmarks.chains import folders_by_field
 from benchmarks.harness import REPOSITORY, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import Score, judge, score_attributes
 from cogview.evaluation.grids import to_pictures
@@ -36,8 +36,7 @@ SHOWN = ("mean", "shape", "colour", "size", "background")
 
 def measure(*, root: Path, steps: int, scenes: int) -> Figures:
     """Train with each weight, draw, and read the pictures."""
-    folders = stage_folders(root, *PRODUCERS.values())
-    inputs = Inputs(**{name: folders[job] for name, job in PRODUCERS.items()})
+    inputs = Inputs(**folders_by_field(root, PRODUCERS))
     figures: dict[str, float | int | str] = {"steps": steps, "scenes": scenes}
     means = {}
     for weight in WEIGHTS:
