@@ -1,13 +1,17 @@
 """A GPT that learns to count: a small training task, for benchmarks of the loop itself."""
 
 import json
-from collections.abc import Mapping
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.harness import UnmeasuredError
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.published import save_model
 from cogview.training.language_model import LanguageModelLoss
@@ -48,6 +52,31 @@ class Counting:
     def publish(self, output: Path) -> None:
         """The weights, as any model's."""
         save_model(self.gpt, output, settings={})
+
+
+def run_workers(work: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Call `work(rank, world, *arguments)` in so many processes. UnmeasuredError if one fails."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(rank, world, *arguments), daemon=True) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise UnmeasuredError(f"one of {world} workers ended with exit code {worker.exitcode}")
+
+
+@contextmanager
+def process_group(rank: int, world: int, folder: Path) -> Iterator[None]:
+    """One of the workers, who meet in a file of this folder; a lone one needs no group."""
+    meeting = folder / "meeting"
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def read_losses(output: Path) -> dict[int, float]:

@@ -8,16 +8,14 @@ The losses are compared with those of the lone worker with plain weights.
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.counting import Counting, read_losses
-from benchmarks.harness import Bar, Figures, UnmeasuredError, argument_parser, say, verify
+from benchmarks.counting import Counting, process_group, read_losses, run_workers
+from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.models.gpt import GPTConfig
 from cogview.shards.order import SampleOrder
 from cogview.training.loop import STOP_NAME, LoopConfig, Ranks, Sharding, WeightedBatch, train
@@ -63,7 +61,7 @@ def measure(*, steps: int) -> Figures:
             name = f"{way}, {'DDP' if sharding == 'none' else 'FSDP2'}"
             with tempfile.TemporaryDirectory(prefix="cogview-elastic-") as folder:
                 for world, last in phases:
-                    run_workers(Path(folder), world=world, last=last, steps=steps, sharding=sharding)
+                    train_with(Path(folder), world=world, last=last, steps=steps, sharding=sharding)
                 losses[name], rows[name] = read_losses(Path(folder)), read_rows(Path(folder))
             say(f"{name}: loss {losses[name][1]:.4f} -> {losses[name][steps]:.6f}")
     alone, expected = losses["1 workers, DDP"], rows["1 workers, DDP"]
@@ -83,19 +81,9 @@ def measure(*, steps: int) -> Figures:
     }
 
 
-def run_workers(output: Path, *, world: int, last: int, steps: int, sharding: Sharding) -> None:
+def train_with(output: Path, *, world: int, last: int, steps: int, sharding: Sharding) -> None:
     """Train with this many workers until the run has done `last` steps."""
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=work, args=(rank, world, output, last, steps, sharding), daemon=True)
-        for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            raise UnmeasuredError(f"one of {world} workers ended with exit code {worker.exitcode}")
+    run_workers(work, world, output, last, steps, sharding)
     (output / "meeting").unlink(missing_ok=True)
     (output / STOP_NAME).unlink(missing_ok=True)
 
@@ -103,8 +91,6 @@ def run_workers(output: Path, *, world: int, last: int, steps: int, sharding: Sh
 def work(rank: int, world: int, output: Path, last: int, steps: int, sharding: Sharding) -> None:
     """One worker."""
     torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{output / 'meeting'}", rank=rank, world_size=world)
     loop = LoopConfig(
         num_steps=steps,
         global_batch_size=ROWS,
@@ -116,9 +102,8 @@ def work(rank: int, world: int, output: Path, last: int, steps: int, sharding: S
         validate_every=steps,
         checkpoint_every=steps,
     )
-    train(Ordered(output, last=last), config=loop, output=output, identity={}, ranks=Ranks(rank, world))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with process_group(rank, world, output):
+        train(Ordered(output, last=last), config=loop, output=output, identity={}, ranks=Ranks(rank, world))
 
 
 def read_rows(output: Path) -> dict[int, list[int]]:

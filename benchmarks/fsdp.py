@@ -8,15 +8,13 @@ the published weights take more for a moment. Linux only.
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.counting import Counting, read_losses
+from benchmarks.counting import Counting, process_group, read_losses, run_workers
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from benchmarks.processes import high_water_mark
 from cogview.models.gpt import GPTConfig, count_parameters
@@ -61,7 +59,7 @@ def measure(*, steps: int) -> Figures:
     losses, highest = {}, {}
     for name, (sharding, world) in ARMS.items():
         with tempfile.TemporaryDirectory(prefix="cogview-fsdp-") as folder:
-            peaks = run_workers(Path(folder), sharding=sharding, world=world, steps=steps)
+            peaks = peaks_of(Path(folder), sharding=sharding, world=world, steps=steps)
             losses[name] = read_losses(Path(folder))
         highest[name] = max(peaks)
         figures |= {f"memory/{name}/worker {rank} MiB": peak for rank, peak in enumerate(peaks)}
@@ -84,30 +82,15 @@ def measure(*, steps: int) -> Figures:
     return {"loss/largest_relative_difference": max(found), "memory/share_of_one_worker": share, **figures}
 
 
-def run_workers(output: Path, *, sharding: Sharding, world: int, steps: int) -> list[float]:
+def peaks_of(output: Path, *, sharding: Sharding, world: int, steps: int) -> list[float]:
     """MiB that each worker took at its peak."""
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=work, args=(rank, world, sharding, steps, output), daemon=True) for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            raise RuntimeError(f"a worker ended with exit code {worker.exitcode}")
+    run_workers(work, world, sharding, steps, output)
     return [json.loads((output / f"peak_{rank}.json").read_text()) for rank in range(world)]
 
 
 def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) -> None:
     """One worker, from the process group to its peak of memory."""
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{output}/meeting", rank=rank, world_size=world)
-    if sharding == "full":
-        import cogview.training.sharding  # noqa: F401  # its import is not what is measured
-    forget_peak()
-    before = high_water_mark() / 2**20
     loop = LoopConfig(
         num_steps=steps,
         global_batch_size=ROWS,
@@ -117,11 +100,14 @@ def work(rank: int, world: int, sharding: Sharding, steps: int, output: Path) ->
         validate_every=steps,
         checkpoint_every=steps,
     )
-    task = Watched()
-    train(task, config=loop, output=output, identity={}, ranks=Ranks(rank, world))
+    with process_group(rank, world, output):
+        if sharding == "full":
+            import cogview.training.sharding  # noqa: F401  # its import is not what is measured
+        forget_peak()
+        before = high_water_mark() / 2**20
+        task = Watched()
+        train(task, config=loop, output=output, identity={}, ranks=Ranks(rank, world))
     (output / f"peak_{rank}.json").write_text(json.dumps(task.peak - before))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def forget_peak() -> None:
