@@ -9,6 +9,7 @@ Checkpoints are written by torch's distributed checkpointing, each worker its ow
 of workers.
 """
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from cogview.models.gpt import GPT
 from cogview.training.optimization import OptimizerConfig, build_optimizer, clip_gradients
 from cogview.training.precision import DTYPES, Precision, check_precision
 
+M_MMAP_THRESHOLD = -3  # glibc's number of the option
+LARGE_BLOCK = 2**20  # bytes
+
 
 class ShardedWeights:
     """A module around a GPT whose parameters are spread over all workers, and the optimizer of each worker's shares.
@@ -42,6 +46,8 @@ class ShardedWeights:
         if not models:
             raise ConfigError("sharding='full' spreads the layers of a GPT, and there is none; choose sharding='none'")
         self.module, self.model = module, models[0]
+        if device == "cpu":
+            give_back_large_blocks()
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
@@ -122,3 +128,14 @@ class ShardedWeights:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+
+
+def give_back_large_blocks() -> None:
+    """Let this process return freed memory from 1 MiB upwards at once; without glibc, nothing.
+
+    By itself glibc comes to keep freed blocks of up to 32 MiB for later. Whole weights that live for one layer then
+    stay in the worker's memory, and sharding on a CPU saves nothing.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, LARGE_BLOCK)
