@@ -26,7 +26,7 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import held_out_prompts
 from cogview.training.loop import Ranks, train
 from pipelines.pretrain import PRESETS, build_task
-from pipelines.tasks.language_model import PRODUCERS, Inputs, LanguageModelTask
+from pipelines.tasks.language_model import PRODUCERS, Inputs, LanguageModelTask, inputs_of
 from pipelines.tasks.new_weights import TaskSettings
 
 WEIGHTS = (0.5, 0.0)
@@ -36,7 +36,7 @@ SHOWN = ("mean", "shape", "colour", "size", "background")
 
 def measure(*, root: Path, steps: int, scenes: int) -> Figures:
     """Train with each weight, draw, and read the pictures."""
-    inputs = Inputs(**folders_by_field(root, PRODUCERS))
+    inputs = inputs_of(folders_by_field(root, PRODUCERS))
     figures: dict[str, float | int | str] = {"steps": steps, "scenes": scenes}
     means = {}
     for weight in WEIGHTS:

@@ -135,10 +135,14 @@ def main(config: Config, run: JobRun) -> None:
         grid=int(read_settings(folders["checkpoint"])["grid"]),
     )
     styles = write_style_rows(data, output=run.output / TOKENS_FOLDER, run=run, device=config.device)
-    inputs = {name: folders[name] for name in ("text_tokenizer", "image_tokenizer")}
+    inputs = Inputs(
+        tokens=run.output / TOKENS_FOLDER,
+        text_tokenizer=folders["text_tokenizer"],
+        image_tokenizer=folders["image_tokenizer"],
+    )
     finetuning = Finetuning(
         checkpoint=folders["checkpoint"],
-        inputs=Inputs(tokens=run.output / TOKENS_FOLDER, **inputs),
+        inputs=inputs,
         task="text_to_image",
         loop=config.loop,
         output=run.output,

@@ -163,8 +163,7 @@ def draw_scenes(config: Config, *, run: JobRun) -> Path:
 def settings_of(config: Config, *, tokens: Path, output: Path) -> Finetuning:
     """What workers build their task from. ConfigError for rows of other grids than the model is to read and draw."""
     folders = given_folders(config, {name: job for name, job in SOURCES.items() if name != "tokens"})
-    checkpoint = folders.pop("checkpoint")
-    inputs = Inputs(tokens=tokens, **folders)
+    inputs = Inputs(tokens=tokens, text_tokenizer=folders["text_tokenizer"], image_tokenizer=folders["image_tokenizer"])
     found = inputs.load().train
     if found.grid != SCALE * config.side or config.side not in found.other_grids:
         raise ConfigError(
@@ -173,7 +172,7 @@ def settings_of(config: Config, *, tokens: Path, output: Path) -> Finetuning:
             f"{SCALE * config.side}, and besides {config.side} x {config.side}"
         )
     return Finetuning(
-        checkpoint=checkpoint,
+        checkpoint=folders["checkpoint"],
         inputs=inputs,
         task=TASK_OF[config.layout],
         loop=config.loop,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cogview.config import input_field, runtime_field
+from cogview.config import input_field, later_field, runtime_field
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
@@ -31,6 +31,9 @@ from pipelines.tasks.new_weights import TaskSettings, fitted, start_from_codeboo
 class Config:
     """tokens: the output of tokenize_pairs; text_tokenizer, image_tokenizer: those that made the tokens.
 
+    more_tokens: further corpora of the same tokenizers. shares: of each corpus in what is shown, in their order, such
+    as 3 1; none: by their rows. Corpora may lie at remote addresses (s3://bucket/tokens): every machine copies them to
+    its disk first (under COGVIEW_CACHE, ~/.cache/cogview).
     model: its vocabulary and positions are set from the tokens.
     embeddings_from_codebook: the embeddings of image codes start as a random projection of the codebook's vectors, so
     that codes that look alike start alike.
@@ -41,7 +44,9 @@ class Config:
     num_validation_rows: held-out rows scored during training; num_samples: pictures of the grid drawn with each score.
     """
 
-    tokens: Path | None = input_field(default=None)
+    tokens: str | Path | None = input_field(default=None)
+    more_tokens: tuple[str, ...] = input_field(default=())
+    shares: tuple[float, ...] = later_field(())
     text_tokenizer: Path | None = input_field(default=None)
     image_tokenizer: Path | None = input_field(default=None)
     model: GPTConfig = field(default_factory=lambda: SIZES["4b"])
@@ -97,8 +102,9 @@ PRESETS: dict[str, Config] = {"paper": PAPER, "smoke": SMOKE}
 
 def main(config: Config, run: JobRun) -> None:
     """Check that tokens and tokenizers belong together, then train on Ray."""
-    settings = TaskSettings(config=config, output=run.output, inputs=require_inputs(config))
-    parts = settings.inputs.load()
+    inputs = replace(require_inputs(config), more_tokens=config.more_tokens, shares=config.shares)
+    settings = TaskSettings(config=config, output=run.output, inputs=inputs)
+    parts = inputs.load()
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
     weights = count_parameters(fitted(config.model, parts, max_text=config.max_text))
     run.say(f"{len(parts.train):,} rows, {config.model.num_layers} layers, {weights:,} parameters")

@@ -207,7 +207,7 @@ def read_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     """The folder's manifest after checking that every file it names is there. ManifestError names what is not."""
     path = folder / MANIFEST_NAME
     manifest = read_sealed(path)
-    for name, record in _named_files(manifest, path=path):
+    for name, record in listed_files(manifest, path=path).items():
         if not _matches(folder, name, record, deep):
             raise ManifestError(
                 f"{folder / name} does not match {path.name} ({record}); delete it and run the job again"
@@ -215,13 +215,20 @@ def read_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def _named_files(manifest: Any, *, path: Path) -> list[tuple[str, dict[str, Any]]]:
+def listed_files(manifest: Any, *, path: Path) -> dict[str, dict[str, Any]]:
+    """The files of all shards, relative to the manifest's folder, with their `file_record`.
+
+    ManifestError, which names the manifest's path, if it is no manifest, or names a file outside its folder.
+    """
     try:
         files = [item for entry in manifest["shards"] for item in entry["files"].items()]
-        records = [(name, {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}) for name, record in files]
+        records = {name: {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])} for name, record in files}
         manifest["extra"].keys()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{path} is not a manifest of shards; give the output folder of a job") from error
+    outside = next((name for name in records if not _is_inside(name)), None)
+    if outside is not None:
+        raise ManifestError(f"{path} names {outside!r}, which is outside its folder; give the output folder of a job")
     return records
 
 

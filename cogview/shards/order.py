@@ -13,7 +13,10 @@ The price of shuffling all rows is random reads of about 2 KB. Put shards on a l
 slow network disk copy them first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ from cogview.errors import ConfigError
 
 Unsigned = npt.NDArray[np.uint64]
 
+FINEST_SHARE = 2**20  # a corpus's share is rounded to one part of so many
 ROUNDS = 12  # half rounds; from 8 on, the tests see no difference to numpy's own permutations
 
 
@@ -50,6 +54,77 @@ class SampleOrder:
     def epoch(self, step: int) -> float:
         """How many times the data has been seen when `step` starts, such as 1.25."""
         return step * self.batch_size / self.num_rows
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The order of several corpora's rows, numbered through, when each has its share of every stretch of the training.
+
+    num_rows: of each corpus; shares: of the rows that are shown, relative to each other; none: as many as there are
+    rows. Every corpus is shown in a `SampleOrder` of its own, so one with a large share goes through more epochs. From
+    the start to any place it is off its share by fewer rows than there are corpora. ConfigError for shares that do not
+    fit.
+    """
+
+    num_rows: tuple[int, ...]
+    batch_size: int
+    seed: int
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for rows in self.num_rows:
+            SampleOrder(rows, self.batch_size, self.seed)
+        if self.shares and (len(self.shares) != len(self.num_rows) or min(self.shares) <= 0):
+            words = ", ".join(f"{share:g}" for share in self.shares)
+            raise ConfigError(f"shares={words}: give each of the {len(self.num_rows)} corpora a number above 0")
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """Row indices of the global batch of `step` (from 0), int64 [batch_size]; the corpora are numbered through."""
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0")
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        corpora, draws = self._draws(places)
+        starts = np.cumsum([0, *self.num_rows[:-1]])
+        found = np.empty_like(places)
+        for corpus, rows in enumerate(self.num_rows):
+            own = corpora == corpus
+            epochs, places_in_epoch = np.divmod(draws[own], rows)
+            seed = self.seed + corpus * 0x9E3779B97F4A7C15  # no two corpora of a size go in the same order
+            found[own] = starts[corpus] + permuted(places_in_epoch, num_rows=rows, epochs=epochs, seed=seed)
+        return found
+
+    def _draws(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """At each place of the whole order: the corpus, and how often it came before.
+
+        Of the first n rows of the corpora up to one, n * before // up_to are of those before it, by their weights: so
+        counting needs no walk through the earlier rows, and every row belongs to exactly one corpus.
+        """
+        corpora, draws = np.zeros_like(places), places.copy()
+        is_open = np.ones(places.shape, bool)  # among the rows of the corpora from the first to this one
+        for corpus in range(len(self.num_rows) - 1, 0, -1):
+            weight_before, weight_up_to = self._weights_up_to[corpus - 1 : corpus + 1]
+            before = draws * weight_before // weight_up_to
+            after = (draws + 1) * weight_before // weight_up_to
+            own = is_open & (after == before)
+            corpora[own] = corpus
+            draws = np.where(own, draws - before, np.where(is_open, before, draws))
+            is_open &= ~own
+        return corpora, draws
+
+    @cached_property
+    def _weights_up_to(self) -> list[int]:
+        """Of the corpora from the first to each one: whole numbers, small enough for products with row counts."""
+        shares = self.shares or self.num_rows
+        return list(accumulate(max(1, round(FINEST_SHARE * share / sum(shares))) for share in shares))
+
+
+def sample_order(
+    num_rows: Sequence[int], *, batch_size: int, seed: int, shares: Sequence[float] = ()
+) -> SampleOrder | MixedOrder:
+    """The order of one corpus, or of several."""
+    if len(num_rows) == 1 and not shares:
+        return SampleOrder(num_rows[0], batch_size, seed)
+    return MixedOrder(tuple(num_rows), batch_size, seed, tuple(shares))
 
 
 def permuted(

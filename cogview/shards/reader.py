@@ -1,6 +1,7 @@
 """Token rows read back by number from memory-mapped Arrow files.
 
-In: a folder closed by `tokenize_pairs`, and row indices of one split. Out: `TokenRows`, ready to become sequences.
+In: a folder closed by `tokenize_pairs`, or several whose rows are numbered through, and row indices of one split. Out:
+`TokenRows`, ready to become sequences.
 
 Opening reads the manifest and the end of each file; a shard's structure is checked when its first row is asked for,
 and each batch's token ids are checked against the vocabulary, which costs little and keeps a damaged file from indexing
@@ -51,11 +52,23 @@ class TokenRows:
 
 
 class TokenShards:
-    """One split of a folder of token shards, addressed by row number from 0 to `len(shards) - 1`."""
+    """One split of a folder of token shards, addressed by row number from 0 to `len(shards) - 1`.
 
-    def __init__(self, batches: list["_MappedBatch"], *, origin: TokenOrigin, split: str, folder: Path) -> None:
+    corpus_sizes: rows of each folder, where several are read as one.
+    """
+
+    def __init__(
+        self,
+        batches: list["_MappedBatch"],
+        *,
+        origin: TokenOrigin,
+        split: str,
+        folder: Path,
+        corpus_sizes: tuple[int, ...] = (),
+    ) -> None:
         """Use `TokenShards.open`."""
         self._batches = batches
+        self.corpus_sizes = corpus_sizes or (sum(batch.num_rows for batch in batches),)
         self._ends = np.cumsum([batch.num_rows for batch in batches], dtype=np.int64)
         self.origin = origin
         self.split = split
@@ -84,6 +97,26 @@ class TokenShards:
                 "the folder and run tokenize_pairs again"
             )
         return shards
+
+    @classmethod
+    def open_all(cls, folders: Sequence[Path], *, split: str = "train") -> "TokenShards":
+        """The rows of several folders, numbered through. VocabularyError or ConfigError if they do not go together."""
+        corpora = [cls.open(folder, split=split) for folder in folders]
+        first = corpora[0]
+        for corpus in corpora[1:]:
+            corpus.require(**first.fingerprints)
+            if corpus.origin.grids != first.origin.grids:
+                grids, others = first.origin.grids, corpus.origin.grids
+                raise ConfigError(
+                    f"{corpus.folder} has codes of grids {others}, {first.folder} of {grids}; tokenize both alike"
+                )
+        return cls(
+            [batch for corpus in corpora for batch in corpus._batches],
+            origin=first.origin,
+            split=split,
+            folder=first.folder,
+            corpus_sizes=tuple(len(corpus) for corpus in corpora),
+        )
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -7,6 +7,7 @@ and an interrupted job finds its own unfinished folder again.
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,15 @@ from typing import Any, Protocol
 
 from cogview.config import config_digest, input_paths, to_plain
 from cogview.errors import ConfigError, ManifestError
-from cogview.shards.manifest import MANIFEST_NAME, file_record, read_json, read_manifest, read_sealed, write_json
+from cogview.shards.manifest import (
+    MANIFEST_NAME,
+    file_record,
+    listed_files,
+    read_json,
+    read_manifest,
+    read_sealed,
+    write_json,
+)
 from pipelines.runtime.locks import folder_lock
 from pipelines.runtime.tracking import Tracker, open_tracker
 
@@ -212,11 +221,21 @@ def digest_input(path: Path | tuple[str, ...], *, field_name: str) -> str:
 
 
 def _digest_of_addresses(addresses: tuple[str, ...], field_name: str) -> str:
-    from cogview.locations import find_files
-
-    files = find_files(addresses, suffixes=(), setting=field_name)
-    listing = [f"{file.name}\0{file.size}\0{file.modified}" for file in files]
+    listing = [line for address in addresses for line in _content_of(address, field_name)]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def _content_of(address: str, field_name: str) -> list[str]:
+    """What stands for an address in a digest: of a finished output its own digest, of anything else a list of files."""
+    from cogview.locations import find_files, is_remote, open_data
+
+    if not is_remote(address) and (Path(address) / COMPLETE_NAME).is_file():
+        return [digest_input(Path(address), field_name=field_name)]
+    files = find_files((address,), suffixes=(), setting=field_name)
+    if is_remote(address) and any(file.name == COMPLETE_NAME for file in files):
+        with open_data(f"{address.rstrip('/')}/{COMPLETE_NAME}") as stream:
+            return [str(json.load(stream)["output_digest"])]
+    return [f"{file.name}\0{file.size}\0{file.modified}" for file in files]
 
 
 def _read_complete(output: Path) -> dict[str, Any] | None:
@@ -241,9 +260,9 @@ def _damaged_shards(folder: Path) -> list[Path]:
     return []
 
 
-def _shard_records(folder: Path) -> dict[str, Mapping[str, Any]]:
-    shards = read_sealed(folder / MANIFEST_NAME)["shards"]
-    return {name: record for shard in shards for name, record in shard["files"].items()}
+def _shard_records(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST_NAME
+    return listed_files(read_sealed(path), path=path)
 
 
 def _is_intact(path: Path, record: Mapping[str, Any]) -> bool:

@@ -12,12 +12,15 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder, or raise ConfigError if another live process does. The lock dies with its process."""
+def folder_lock(folder: Path, *, is_patient: bool = False) -> Iterator[None]:
+    """Hold the folder, or raise ConfigError if another live process does. The lock dies with its process.
+
+    is_patient: wait for the other process instead.
+    """
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
         except BlockingIOError as error:
             owner = os.read(descriptor, 32).decode(errors="replace") or "unknown"
             raise ConfigError(f"{folder} is being written by process {owner}; wait for it or stop it") from error

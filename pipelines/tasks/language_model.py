@@ -22,7 +22,7 @@ from cogview.models.pivots import pivot_keys
 from cogview.models.published import save_model
 from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
 from cogview.sequences.layout import SequenceLayout
-from cogview.shards.order import SampleOrder
+from cogview.shards.order import sample_order
 from cogview.shards.reader import TokenRows, TokenShards
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
@@ -30,6 +30,7 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.language_model import LanguageModelLoss, weighted
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
 from pipelines.runtime.jobs import given_folders
+from pipelines.runtime.token_copies import local_copies
 from pipelines.runtime.workers import PICTURE_KEY
 
 PRODUCERS = {
@@ -43,19 +44,23 @@ VALIDATION_ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The input folders, all given."""
+    """The input folders, all given. tokens, more_tokens: corpora, also remote ones; shares: see `MixedOrder`."""
 
-    tokens: Path
+    tokens: str | Path
     text_tokenizer: Path
     image_tokenizer: Path
+    more_tokens: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def load(self) -> "Parts":
         """Open everything. VocabularyError if the tokens were made with other tokenizers."""
         text = TextTokenizer.load(self.text_tokenizer)
         image = load_image_tokenizer(self.image_tokenizer)
+        corpora = local_copies([self.tokens, *self.more_tokens])
         parts = Parts(
-            train=TokenShards.open(self.tokens, split="train"),
-            validation=TokenShards.open(self.tokens, split="validation"),
+            train=TokenShards.open_all(corpora, split="train"),
+            validation=TokenShards.open_all(corpora, split="validation"),
+            shares=self.shares,
             text_tokenizer=text,
             image_tokenizer=image,
             vocabulary=Vocabulary(image.num_codes, text.num_pieces),
@@ -66,15 +71,23 @@ class Inputs:
 
 def require_inputs(config: Any) -> Inputs:
     """The input folders of a job's config, whose fields have these names. ConfigError names one that is not given."""
-    return Inputs(**given_folders(config, PRODUCERS))
+    return inputs_of(given_folders(config, PRODUCERS))
+
+
+def inputs_of(folders: Mapping[str, Path]) -> Inputs:
+    """The input folders by field."""
+    return Inputs(
+        tokens=folders["tokens"], text_tokenizer=folders["text_tokenizer"], image_tokenizer=folders["image_tokenizer"]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Tokens, tokenizers and vocabulary that belong together."""
+    """Tokens, tokenizers and vocabulary that belong together. shares: of the corpora, where there are several."""
 
     train: TokenShards
     validation: TokenShards
+    shares: tuple[float, ...] = ()
     text_tokenizer: TextTokenizer
     image_tokenizer: AnyImageTokenizer
     vocabulary: Vocabulary
@@ -127,7 +140,12 @@ class LanguageModelTask:
     def __init__(self, gpt: GPT, *, parts: Parts, config: TaskConfig, ranks: Ranks) -> None:
         self.gpt, self.parts, self.config, self.ranks = gpt, parts, config, ranks
         self.module: nn.Module = LanguageModelLoss(gpt)
-        self.order = SampleOrder(len(parts.train), config.loop.global_batch_size, config.loop.seed)
+        self.order = sample_order(
+            parts.train.corpus_sizes,
+            batch_size=config.loop.global_batch_size,
+            seed=config.loop.seed,
+            shares=parts.shares,
+        )
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """This worker's rows of a step."""
@@ -166,10 +184,10 @@ class LanguageModelTask:
         return self.config.lay_out(rows, self.config, self.parts.vocabulary)
 
     def held_out_batches(self) -> Iterator[SequenceBatch]:
-        """The first held-out rows, a few at a time."""
-        number, grids = min(self.config.num_validation_rows, len(self.parts.validation)), self.config.other_grids
-        for start in range(0, number, VALIDATION_ROWS_AT_ONCE):
-            indices = np.arange(start, min(start + VALIDATION_ROWS_AT_ONCE, number))
+        """Held-out rows of all shards, a few at a time, always the same ones."""
+        rows, grids = self.spread_rows(self.config.num_validation_rows), self.config.other_grids
+        for start in range(0, len(rows), VALIDATION_ROWS_AT_ONCE):
+            indices = rows[start : start + VALIDATION_ROWS_AT_ONCE]
             yield self.lay_out(self.parts.validation.rows(indices, other_grids=grids))
 
     def spread_rows(self, number: int) -> npt.NDArray[np.int64]:

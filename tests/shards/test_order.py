@@ -1,7 +1,7 @@
 """The sample order: permutations without loss, from (seed, step) alone, as mixed as numpy's own."""
 
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogview.errors import ConfigError
-from cogview.shards.order import SampleOrder
+from cogview.shards.order import MixedOrder, SampleOrder, sample_order
 
 
 def first_rows(order: SampleOrder, count: int) -> np.ndarray:
@@ -108,3 +108,58 @@ def test_sizes_below_one_are_refused(num_rows: int, batch_size: int) -> None:
 def test_negative_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="step is -1"):
         SampleOrder(10, 2, seed=0).indices(-1)
+
+
+def mixed(order: MixedOrder, steps: int) -> np.ndarray:
+    return np.concatenate([order.indices(step) for step in range(steps)])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 100)), min_size=2, max_size=5),
+    st.integers(1, 40),
+    st.integers(0, 2**40),
+)
+def test_every_corpus_has_its_share_of_every_stretch(
+    corpora: list[tuple[int, float]], batch_size: int, seed: int
+) -> None:
+    sizes, shares = (tuple(column) for column in zip(*corpora, strict=True))
+    rows = mixed(MixedOrder(sizes, batch_size, seed, shares), 20)
+    ends = np.cumsum(sizes)
+    found = np.searchsorted(ends, rows, side="right")
+    for corpus, share in enumerate(shares):
+        counted = np.concatenate([[0], np.cumsum(found == corpus)])
+        expected = np.arange(len(rows) + 1) * share / sum(shares)
+        assert np.abs(counted - expected).max() < len(sizes) + len(rows) * 2**-19
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 40))
+def test_no_row_of_a_corpus_comes_again_before_all_have_come(sizes: list[int], batch_size: int) -> None:
+    rows = mixed(MixedOrder(tuple(sizes), batch_size, 3, tuple(range(1, len(sizes) + 1))), 30)
+    starts = [0, *np.cumsum(sizes)]
+    for start, end in pairwise(starts):
+        own = rows[(rows >= start) & (rows < end)]
+        for epoch in range(len(own) // (end - start)):
+            assert len(set(own[epoch * (end - start) : (epoch + 1) * (end - start)].tolist())) == end - start
+
+
+def test_without_shares_corpora_count_by_their_rows() -> None:
+    rows = mixed(MixedOrder((300, 100), 40, 1), 10)
+    assert abs(int((rows < 300).sum()) - 300) <= 1
+
+
+def test_a_mixed_step_depends_on_nothing_before_it() -> None:
+    order = MixedOrder((30, 20, 10), 16, 5, (1.0, 2.0, 3.0))
+    assert order.indices(10**7).tolist() == MixedOrder((30, 20, 10), 16, 5, (1.0, 2.0, 3.0)).indices(10**7).tolist()
+    assert order.indices(3).tolist() == mixed(order, 4)[48:].tolist()
+
+
+def test_one_corpus_keeps_its_order() -> None:
+    assert sample_order([50], batch_size=8, seed=2) == SampleOrder(50, 8, 2)
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0), (1.0, -2.0), (1.0, 1.0, 1.0)])
+def test_shares_that_do_not_fit_are_refused(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="shares="):
+        MixedOrder((10, 10), 4, 0, shares)
