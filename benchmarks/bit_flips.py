@@ -39,7 +39,8 @@ from cogview.shards.manifest import (
 from cogview.shards.schema import TokenOrigin
 from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.training.checkpoints import read_checkpoint
-from cogview.training.loop import CHECKPOINTS_NAME, LoopConfig, Ranks, Sharding, train
+from cogview.training.loop import CHECKPOINTS_NAME, LoopConfig, Sharding, train
+from cogview.training.ranks import Ranks
 
 MODEL = GPTConfig(vocab_size=40, max_positions=8, num_layers=2, hidden_size=16, num_heads=2)
 SCENES, SIDE, GRID, CODES, PIECES = 12, 64, 8, 512, 256

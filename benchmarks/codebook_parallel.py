@@ -31,7 +31,8 @@ from benchmarks.harness import Bar, Figures, UnmeasuredError, argument_parser, s
 from cogview.scenes.scene import draw_scene, random_scene
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
-from cogview.training.loop import Ranks, train
+from cogview.training.loop import train
+from cogview.training.ranks import Ranks
 from pipelines.tasks.image_tokenizer import PIXELS_NAME, TaskSettings, build_task
 from pipelines.train_image_tokenizer import SMOKE
 

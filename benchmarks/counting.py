@@ -15,7 +15,8 @@ from benchmarks.harness import UnmeasuredError
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.published import save_model
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import METRICS_NAME, Ranks, WeightedBatch
+from cogview.training.loop import METRICS_NAME, WeightedBatch
+from cogview.training.ranks import Ranks
 
 
 class Counting:

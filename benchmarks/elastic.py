@@ -18,8 +18,9 @@ from benchmarks.counting import Counting, process_group, read_losses, run_worker
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.models.gpt import GPTConfig
 from cogview.shards.order import SampleOrder
-from cogview.training.loop import STOP_NAME, LoopConfig, Ranks, Sharding, WeightedBatch, train
+from cogview.training.loop import STOP_NAME, LoopConfig, Sharding, WeightedBatch, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 
 MODEL = GPTConfig(vocab_size=500, max_positions=32, num_layers=3, hidden_size=64, num_heads=4, dropout=0.0)
 ROWS, CORPUS, SEED = 8, 1000, 3

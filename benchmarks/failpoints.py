@@ -36,7 +36,8 @@ from benchmarks.harness import Bar, Figures, UnmeasuredError, argument_parser, s
 from cogview.errors import CheckpointError, CogViewError, ManifestError
 from cogview.shards.manifest import MANIFEST_NAME, read_entry, read_manifest, write_entry, write_manifest
 from cogview.training.checkpoints import latest_checkpoint, read_checkpoint
-from cogview.training.loop import CHECKPOINTS_NAME, LoopConfig, Ranks, WeightedBatch, train
+from cogview.training.loop import CHECKPOINTS_NAME, LoopConfig, WeightedBatch, train
+from cogview.training.ranks import Ranks
 
 Fault = Literal["exit", "full", "corrupt"]
 Contents = dict[str, bytes]

@@ -22,8 +22,9 @@ from benchmarks.chains import folders_by_field
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.config import input_field
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loop import LoopConfig, WeightedBatch
 from cogview.training.optimization import build_optimizer, clip_gradients, learning_rate_at
+from cogview.training.ranks import Ranks
 from pipelines.pretrain import PRESETS, build_task
 from pipelines.runtime.cluster import ensure_ray, shutdown_ray
 from pipelines.runtime.display import PlainDisplay

@@ -26,9 +26,10 @@ from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.lora import LoRAConfig, add_lora
 from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch, train
+from cogview.training.loop import LoopConfig, WeightedBatch, train
 from cogview.training.memory_plan import StepShape, plan_memory
 from cogview.training.precision import DTYPES, Precision
+from cogview.training.ranks import Ranks
 
 LENGTH = 288  # 28 text tokens, 256 codes, 4 command tokens
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,7 +24,8 @@ from cogview.evaluation.losses import held_out_losses
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import held_out_prompts
-from cogview.training.loop import Ranks, train
+from cogview.training.loop import train
+from cogview.training.ranks import Ranks
 from pipelines.pretrain import PRESETS, build_task
 from pipelines.tasks.language_model import PRODUCERS, Inputs, LanguageModelTask, inputs_of
 from pipelines.tasks.new_weights import TaskSettings

@@ -31,7 +31,8 @@ from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argume
 from benchmarks.processes import ProcessWatch
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import LoopConfig, Ranks, Sharding, StepLoss, WeightedBatch
+from cogview.training.loop import LoopConfig, Sharding, StepLoss, WeightedBatch
+from cogview.training.ranks import Ranks
 from pipelines.runtime.display import PlainDisplay
 from pipelines.runtime.jobs import Job, JobRun, run_job
 from pipelines.runtime.workers import TrainingJob, train_on_ray

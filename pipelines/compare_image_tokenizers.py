@@ -27,8 +27,9 @@ from cogview.tokenizers.codebook import CodebookConfig, Rule
 from cogview.tokenizers.stored import AnyImageTokenizer
 from cogview.tokenizers.structural_similarity import least_side
 from cogview.tokenizers.vqvae import ImageTokenizer, VQVAEConfig
-from cogview.training.loop import METRICS_NAME, LoopConfig, Ranks
+from cogview.training.loop import METRICS_NAME, LoopConfig
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import fill_from_chain
 from pipelines.runtime.csv_file import write_csv
 from pipelines.runtime.jobs import Job, JobRun, given_folders
@@ -150,7 +151,8 @@ def main(config: Config, run: JobRun) -> None:
             settings = arm_settings(arm, config=config, run=run, num_train=count - held_out, num_held_out=held_out)
             parts[arm.name] = Part(training=arm_training(settings, run=own_run), run=own_run)
         last = train_side_by_side(parts, run=run, threads=config.threads)
-        traces = [read_trace(arm, run.output / arm.name / METRICS_NAME) for arm in arms]
+        batch_size = config.loop.global_batch_size
+        traces = [read_trace(arm, run.output / arm.name / METRICS_NAME, batch_size=batch_size) for arm in arms]
         tokenizers = {arm.name: ImageTokenizer.load(run.output / arm.name) for arm in arms}
         pixels = settings.held_out_pixels()
         rows = [
@@ -159,7 +161,7 @@ def main(config: Config, run: JobRun) -> None:
                 tokenizers[trace.arm.name],
                 pixels,
                 last=last[trace.arm.name],
-                batch_size=config.loop.global_batch_size,
+                batch_size=batch_size,
             )
             for trace in traces
         ]
@@ -214,9 +216,8 @@ def score_held_out(tokenizer: AnyImageTokenizer, pixels: Pixels) -> dict[str, fl
 def score_arm(
     trace: ArmTrace, tokenizer: ImageTokenizer, pixels: Pixels, *, last: Mapping[str, float], batch_size: int
 ) -> dict[str, Any]:
-    """An arm's row of the table. last: what its training logged last, whose rate says how long all of it takes."""
+    """An arm's row of the table. last: what its training logged last."""
     scores = score_held_out(tokenizer, pixels)
-    rate = last["rows_per_second"]
     return {
         "arm": trace.arm.name,
         "l2": trace.final_l2,
@@ -226,8 +227,8 @@ def score_arm(
         "codes_in_use": last["codes_in_use"],
         "held_out_codes_used": scores["codes_used"],
         "held_out_perplexity": scores["perplexity"],
-        "pictures_per_second": rate,
-        "seconds": trace.training[-1][0] * batch_size / rate,
+        "pictures_per_second": trace.steps_per_second * batch_size,
+        "seconds": trace.training[-1][0] / trace.steps_per_second,
     }
 
 

@@ -25,8 +25,9 @@ from cogview.models.transplanted import TokenPlaces, require_kin, transplant
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import PROMPT_COMMANDS, require_fingerprints
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.loop import LoopConfig, Ranks
+from cogview.training.loop import LoopConfig
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun

@@ -17,9 +17,10 @@ from cogview.config import input_field, later_field, runtime_field
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
-from cogview.training.loop import LoopConfig, Ranks
+from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.workers import TrainingJob, train_on_ray
@@ -72,6 +73,7 @@ PAPER = Config(
         sharding="full",  # 16 bytes a parameter are 63 GB; the paper spreads optimizer states (ZeRO), this all of it
         loss_scale=LossScaleConfig(initial=2.0**32),  # the release starts very high; the first steps find the scale
         checkpoint_every=500,
+        is_checkpoint_async=True,
         validate_every=2000,
     ),
     num_workers=512,

@@ -62,12 +62,13 @@ class ArmTrace:
     """An arm's L2 in normalised pixels, as points (step, L2).
 
     training: means over the batches since the point before, of what the decoder saw; held_out: of pictures that were
-    not trained on, each vector taking its nearest code.
+    not trained on, each vector taking its nearest code. steps_per_second: of the whole training, by its own clock.
     """
 
     arm: Arm
     training: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
+    steps_per_second: float
 
     @property
     def final_l2(self) -> float:
@@ -86,13 +87,20 @@ class ArmTrace:
         ]
 
 
-def read_trace(arm: Arm, metrics: Path) -> ArmTrace:
-    """The curves of a finished training from its metrics file, JSON lines with `step` and `l2` or `validation_l2`."""
+def read_trace(arm: Arm, metrics: Path, *, batch_size: int) -> ArmTrace:
+    """The curves of a finished training from its metrics file, JSON lines with `step` and `l2` or `validation_l2`.
+
+    batch_size: rows of a step, for lines tell the rows per second since the line before.
+    """
     lines = [json.loads(text) for text in metrics.read_text().splitlines()]
+    timed = [(line["step"], line["rows_per_second"] / batch_size) for line in lines if "rows_per_second" in line]
+    starts = [0, *(step for step, _ in timed)]
+    seconds = sum((step - start) / rate for (step, rate), start in zip(timed, starts, strict=False))
     return ArmTrace(
         arm=arm,
         training=tuple((line["step"], line["l2"]) for line in lines if "l2" in line),
         held_out=tuple((line["step"], line["validation_l2"]) for line in lines if "validation_l2" in line),
+        steps_per_second=timed[-1][0] / seconds,
     )
 
 

@@ -14,38 +14,27 @@ is asked to stop by a file named `stop` in its output: all workers finish the st
 """
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cogview.config import require_positive
-from cogview.errors import CheckpointError, ConfigError, DivergedError
+from cogview.errors import ConfigError, DivergedError
 from cogview.training.averaging import AveragedWeights
-from cogview.training.checkpoints import (
-    STATE_NAME,
-    Checkpoint,
-    discard_pending,
-    latest_checkpoint,
-    pending_folder,
-    publish,
-    random_states,
-    set_random_states,
-    write_part,
-)
 from cogview.training.loss_scale import LossScale, LossScaleConfig
 from cogview.training.metrics_file import MetricsFile
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import MasterWeights, Precision, check_precision, reduce_in_fp32
+from cogview.training.ranks import Ranks
+from cogview.training.saving import Saver
+from cogview.training.speed import Speed
 
 if TYPE_CHECKING:
     from cogview.training.sharding import ShardedWeights
@@ -66,7 +55,8 @@ class LoopConfig:
     precision: of parameters, activations and gradients; the optimizer's weights are fp32 always. loss_scale: of fp16.
     ema_decay: above 0, the average of the weights with this decay is what is validated and published.
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
-    keep_checkpoints: how many of the newest stay.
+    keep_checkpoints: how many of the newest stay. is_checkpoint_async: checkpoints are written while training goes on,
+    from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before.
     """
 
     num_steps: int
@@ -82,6 +72,7 @@ class LoopConfig:
     validate_every: int = field(default=500, metadata={"role": "runtime"})
     checkpoint_every: int = field(default=500, metadata={"role": "runtime"})
     keep_checkpoints: int = field(default=3, metadata={"role": "runtime"})
+    is_checkpoint_async: bool = field(default=False, metadata={"role": "runtime"})
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -98,19 +89,6 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Which worker this is, of how many, and where it computes."""
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-
-    def share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """This worker's part of a global batch of row indices: contiguous, so that the parts in order are the whole."""
-        return np.split(rows, self.world)[self.rank]
-
-
-@dataclass(frozen=True)
 class StepLoss:
     """What a forward returns. `loss_sum`: to be divided by the global weight; `reports`: name -> (sum, weight)."""
 
@@ -120,10 +98,14 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class WeightedBatch:
-    """A worker's share of a step's batch, and its weight in the loss (rows, or the sum of loss weights)."""
+    """A worker's share of a step's batch, and its weight in the loss (rows, or the sum of loss weights).
+
+    operations: floating-point ones of its forward and backward pass, 0 where nobody has counted them.
+    """
 
     tensors: Mapping[str, Tensor]
     weight: float
+    operations: float = 0.0
 
     def pieces(self, size: int) -> list[dict[str, Tensor]]:
         """The tensors, `size` rows at a time; 0 for all at once."""
@@ -151,16 +133,17 @@ def train(task: Task, *, config: LoopConfig, output: Path, identity: Mapping[str
     CheckpointError, StorageError.
     """
     loop = _Loop(task, config=config, output=output, identity=identity, ranks=ranks)
-    for step in range(loop.first_step, config.num_steps):
-        is_stopped = loop.step(step)
-        done = step + 1
-        if is_stopped and done < config.num_steps:
-            loop.save(done)
-            return False
-        if done % config.validate_every == 0 or done == config.num_steps:
-            loop.validate(done)
-        if done % config.checkpoint_every == 0 or done == config.num_steps:
-            loop.save(done)
+    with loop.saver:
+        for step in range(loop.first_step, config.num_steps):
+            is_stopped = loop.step(step)
+            done = step + 1
+            if is_stopped and done < config.num_steps:
+                loop.save(done)
+                return False
+            if done % config.validate_every == 0 or done == config.num_steps:
+                loop.validate(done)
+            if done % config.checkpoint_every == 0 or done == config.num_steps:
+                loop.save(done)
     loop.publish()
     return True
 
@@ -177,7 +160,6 @@ class _Loop:
                 f"choose a multiple of {ranks.world}"
             )
         self.task, self.config, self.output, self.ranks = task, config, output, ranks
-        self.identity = dict(identity)
         torch.manual_seed(config.seed * 1000 + ranks.rank)
         task.module.to(ranks.device)
         self.weights = self._spread_weights()
@@ -185,13 +167,21 @@ class _Loop:
         is_averaging = config.ema_decay > 0 and ranks.rank == 0  # the one that validates and publishes
         self.average = AveragedWeights(self.weights.named(), decay=config.ema_decay) if is_averaging else None
         self.model = self._shared_model()
-        self.first_step, self.bad_steps, self.skipped = 0, 0, 0
-        checkpoint = latest_checkpoint(output / CHECKPOINTS_NAME, identity=self.identity)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        optional = {"loss_scale": self.loss_scale, "average": self.average}
+        self.saver = Saver(
+            output / CHECKPOINTS_NAME,
+            weights=self.weights,
+            parts={name: part for name, part in optional.items() if part is not None},
+            ranks=ranks,
+            identity=identity,
+            keep=config.keep_checkpoints,
+            is_async=config.is_checkpoint_async,
+        )
+        self.first_step, counts = self.saver.restore()
+        self.skipped, self.bad_steps = counts.get("skipped", 0), counts.get("bad_steps", 0)
         self.metrics = MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
         self.sums: dict[str, Tensor] = {}
-        self.tokens_started, self.started = self.first_step, time.monotonic()
+        self.speed = Speed(first_step=self.first_step, device=ranks.device, precision=config.precision)
 
     def step(self, step: int) -> bool:
         """One step; a loss or gradient that is not finite on any worker makes all of them skip it.
@@ -200,7 +190,9 @@ class _Loop:
         """
         rate = learning_rate_at(step - self.skipped, num_steps=self.config.num_steps, config=self.config.optimizer)
         scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.saver.check()
         batch = self.task.batch(step, self.ranks)
+        self.speed.add(batch.operations)
         weight = self._sum_over_ranks(torch.tensor(batch.weight, dtype=torch.float64)).item()
         self.task.module.train()
         self.weights.zero_gradients()
@@ -231,7 +223,7 @@ class _Loop:
                 self.metrics.write({"step": done, **scores})
         if not isinstance(self.weights, MasterWeights):
             self.weights.gather_no_more()
-        self._barrier()
+        self.ranks.wait_for_all()
 
     def publish(self) -> None:
         """Let rank 0 publish the weights in fp32."""
@@ -242,46 +234,8 @@ class _Loop:
                 self.task.publish(self.output)
 
     def save(self, done: int) -> None:
-        """Write a checkpoint: every rank its random state, rank 0 the rest and, when all are there, the manifest."""
-        root = self.output / CHECKPOINTS_NAME
-        if self.ranks.rank == 0:
-            discard_pending(root, done)
-        self._barrier()
-        write_part(root, done, f"rank_{self.ranks.rank:04d}.pt", random_states(self.ranks.device))
-        if self.ranks.rank == 0:
-            state: dict[str, Any] = {"step": done, "skipped": self.skipped, "bad_steps": self.bad_steps}
-            if isinstance(self.weights, MasterWeights):
-                state |= self.weights.state_dict()
-            for name, part in self._optional_parts().items():
-                state[name] = part.state_dict()
-            write_part(root, done, STATE_NAME, state)
-        if not isinstance(self.weights, MasterWeights):
-            self.weights.write(pending_folder(root, done))
-        self._barrier()
-        if self.ranks.rank == 0:
-            publish(root, done, identity=self.identity, keep=self.config.keep_checkpoints)
-        self._barrier()
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.load(STATE_NAME)
-        if ("model" in state) != isinstance(self.weights, MasterWeights):
-            other = "none" if "model" in state else "full"
-            raise CheckpointError(f"{checkpoint.folder} was written with sharding={other!r}; go on with that")
-        try:
-            if isinstance(self.weights, MasterWeights):
-                self.weights.load_state_dict(state)
-            else:
-                self.weights.read(checkpoint.folder)
-            for name, part in self._optional_parts().items():
-                part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint.folder} does not fit the model of this config: {error}") from error
-        own_part = f"rank_{self.ranks.rank:04d}.pt"
-        if (checkpoint.folder / own_part).exists():  # with more workers than before, the new ones start from the seed
-            set_random_states(checkpoint.load(own_part), device=self.ranks.device)
-        self.first_step, self.skipped = checkpoint.step, int(state["skipped"])
-        self.bad_steps = int(state["bad_steps"])
-        logger.info("rank %d goes on from %s", self.ranks.rank, checkpoint.folder)
+        """Write a checkpoint, or begin to."""
+        self.saver.save(done, counts={"skipped": self.skipped, "bad_steps": self.bad_steps})
 
     def _spread_weights(self) -> "MasterWeights | ShardedWeights":
         module, optimizer, precision = self.task.module, self.config.optimizer, self.config.precision
@@ -317,11 +271,6 @@ class _Loop:
         if self.config.precision != "fp32":
             model.register_comm_hook(None, reduce_in_fp32)
         return model
-
-    def _optional_parts(self) -> dict[str, LossScale | AveragedWeights]:
-        """What a checkpoint has beside weights and optimizer, where this config asks for it."""
-        parts = {"loss_scale": self.loss_scale, "average": self.average}
-        return {name: part for name, part in parts.items() if part is not None}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -369,12 +318,12 @@ class _Loop:
             return
         # What no batch had, such as image tokens that count, has no average.
         averages = {name: (pair[0] / pair[1]).item() for name, pair in zip(names, pairs, strict=True) if pair[1] > 0}
-        seconds = time.monotonic() - self.started
-        per_second = (done - self.tokens_started) * self.config.global_batch_size / max(seconds, 1e-9)
+        rows, tokens_per_row = self.config.global_batch_size, averages.get("tokens_per_row")
+        speed = self.speed.read(done, global_batch_size=rows, tokens_per_row=tokens_per_row)
         line = {"step": done, **averages, "learning_rate": rate, "gradient_norm": norm, "skipped_steps": self.skipped}
         if self.loss_scale is not None:
             line["loss_scale"] = self.loss_scale.value
-        self.metrics.write({**line, "rows_per_second": round(per_second, 2)})
+        self.metrics.write({**line, **speed})
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum on every worker; a lone worker's own values."""
@@ -382,7 +331,3 @@ class _Loop:
             values = values.to(self.ranks.device)
             dist.all_reduce(values)
         return values
-
-    def _barrier(self) -> None:
-        if self.ranks.world > 1:
-            dist.barrier()

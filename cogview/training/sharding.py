@@ -10,7 +10,8 @@ of workers.
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.models.gpt import GPT
+from cogview.training.background import on_cpu
 from cogview.training.optimization import OptimizerConfig, build_optimizer, clip_gradients
 from cogview.training.precision import DTYPES, Precision, check_precision
 
@@ -58,6 +60,7 @@ class ShardedWeights:
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
         self.optimizer = build_optimizer(module, config)
         self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self._group: dist.ProcessGroup | None = None
 
     def named(self) -> dict[str, Tensor]:
         """This worker's fp32 shares under the names of their parameters."""
@@ -101,8 +104,17 @@ class ShardedWeights:
 
     def write(self, folder: Path) -> None:
         """Write each worker's shares, and what they are shares of, into a folder."""
+        self._write(self._state(), folder)
+
+    def writing(self, folder: Path) -> Callable[[], None]:
+        """The same of the shares as they are now, to be done by another thread while this one trains."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")  # whose words do not mix with those of the training
+        return partial(self._write, on_cpu(self._state()), folder, group=self._group)
+
+    def _write(self, state: dict[str, Any], folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_shares(self._state(), storage_writer=FileSystemWriter(folder))
+        save_shares(state, storage_writer=FileSystemWriter(folder), process_group=group)
 
     def read(self, folder: Path) -> None:
         """Go on where `write` left off, with any number of workers. CheckpointError if it does not fit."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from cogview.training.loop import METRICS_NAME, Ranks, train
+from cogview.training.loop import METRICS_NAME, train
+from cogview.training.ranks import Ranks
 from pipelines.runtime.cluster import ensure_ray, usable_cpus
 from pipelines.runtime.failures import find_cause
 from pipelines.runtime.jobs import JobRun

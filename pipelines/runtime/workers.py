@@ -22,7 +22,8 @@ from PIL import Image
 
 import cogview.errors
 from cogview.errors import CogViewError
-from cogview.training.loop import METRICS_NAME, STOP_NAME, LoopConfig, Ranks, Task, train
+from cogview.training.loop import METRICS_NAME, STOP_NAME, LoopConfig, Task, train
+from cogview.training.ranks import Ranks
 from pipelines.runtime.cluster import cluster_words, ensure_ray, usable_cpus
 from pipelines.runtime.jobs import JobRun
 

@@ -21,8 +21,9 @@ from cogview.models.published import SETTINGS_NAME, load_model, read_settings, s
 from cogview.sampling.text_to_image import require_fingerprints
 from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
-from cogview.training.loop import LoopConfig, Ranks
+from cogview.training.loop import LoopConfig
 from cogview.training.precision import DTYPES
+from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.plan import plan_lines

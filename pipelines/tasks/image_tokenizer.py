@@ -31,8 +31,9 @@ from cogview.tokenizers.pixels import pixel_batch, square_pixels
 from cogview.tokenizers.stored import AnyImageTokenizer
 from cogview.tokenizers.vqgan import VQGANTokenizer
 from cogview.tokenizers.vqvae import ImageTokenizer, TokenizerLoss, VQVAEConfig
-from cogview.training.loop import LoopConfig, Ranks, StepLoss, WeightedBatch
+from cogview.training.loop import LoopConfig, StepLoss, WeightedBatch
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.cluster import usable_cpus
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.workers import PICTURE_KEY

@@ -28,7 +28,9 @@ from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.language_model import LanguageModelLoss, weighted
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loop import LoopConfig, WeightedBatch
+from cogview.training.ranks import Ranks
+from cogview.training.step_cost import row_cost
 from pipelines.runtime.jobs import given_folders
 from pipelines.runtime.token_copies import local_copies
 from pipelines.runtime.workers import PICTURE_KEY
@@ -152,10 +154,11 @@ class LanguageModelTask:
         indices = ranks.share(self.order.indices(step))
         grids = self.config.other_grids
         batch = weighted(self.lay_out(self.parts.train.rows(indices, with_texts=False, other_grids=grids)))
-        if self.gpt.config.attention != "sparse":
-            return batch
-        keys_B = pivot_keys(torch.from_numpy(indices), seed=self.config.loop.seed, step=step)
-        return WeightedBatch({**batch.tensors, "pivot_keys": keys_B}, batch.weight)
+        tensors = dict(batch.tensors)
+        if self.gpt.config.attention == "sparse":
+            tensors["pivot_keys"] = pivot_keys(torch.from_numpy(indices), seed=self.config.loop.seed, step=step)
+        row = row_cost(self.gpt.config, length=tensors["ids"].shape[1])
+        return WeightedBatch(tensors, batch.weight, operations=len(indices) * row.model)
 
     def validate(self, step: int) -> Mapping[str, Any]:
         """Text and image loss on held-out rows, and what the task's own look at the model tells.

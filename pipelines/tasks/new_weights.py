@@ -20,7 +20,7 @@ from cogview.sampling.text_to_image import TextToImage
 from cogview.sequences.batch import SequenceConfig
 from cogview.sequences.layout import TASKS
 from cogview.tokenizers.dvae import DVAETokenizer
-from cogview.training.loop import Ranks
+from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.plan import plan_lines
 from pipelines.tasks.language_model import Inputs, LanguageModelTask, Parts, TaskConfig, require_inputs

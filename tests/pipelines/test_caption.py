@@ -21,7 +21,8 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import TextToImage
 from cogview.scenes.scene import corpus, draw_scene
 from cogview.tokenizers.text import CHINESE_CHARACTER
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
+from cogview.training.ranks import Ranks
 from pipelines import caption, finetune_captioning, generate
 from pipelines.runtime.chain import latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, run_job

@@ -113,7 +113,7 @@ def test_held_out_scores_are_those_of_the_decoded_pictures() -> None:
 
 def test_the_final_l2_is_the_mean_of_the_last_tenth() -> None:
     training = tuple((step, 1.0 if step <= 90 else 0.1 * (step - 90)) for step in range(10, 101, 2))
-    trace = ArmTrace(arm=SMALL.arms()[0], training=training, held_out=((100, 0.5),))
+    trace = ArmTrace(arm=SMALL.arms()[0], training=training, held_out=((100, 0.5),), steps_per_second=1.0)
     assert trace.final_l2 == pytest.approx((0.2 + 0.4 + 0.6 + 0.8 + 1.0) / 5)
 
 
@@ -121,7 +121,7 @@ def test_a_line_for_each_arm_and_other_styles_within_a_rule() -> None:
     points = ((5, 0.4), (10, 0.2))
     held_out_points = ((2, 0.9), (10, 0.2))  # at step 2 the codebook is still random
     arms = [Arm(name=name, model=SMALL.model) for name in ("first", "second")]
-    traces = [ArmTrace(arm=arm, training=points, held_out=held_out_points) for arm in arms]
+    traces = [ArmTrace(arm=arm, training=points, held_out=held_out_points, steps_per_second=1.0) for arm in arms]
     training, held_out = draw_curves(traces).axes
     assert [line.get_linestyle() for line in training.lines] == ["-", "--"]
     assert training.lines[0].get_xydata().tolist() == [[5, 0.4], [10, 0.2]]

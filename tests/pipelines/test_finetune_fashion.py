@@ -12,7 +12,8 @@ from cogview.models.gpt import GPTConfig, count_parameters
 from cogview.models.pivots import SparseConfig
 from cogview.models.published import SETTINGS_NAME, load_model, save_model
 from cogview.sequences.layout import TASKS
-from cogview.training.loop import Ranks, train
+from cogview.training.loop import train
+from cogview.training.ranks import Ranks
 from pipelines.finetune_fashion import PRESETS, Config, TaskSettings, build_task, plan, resolve
 from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.language_model import require_inputs

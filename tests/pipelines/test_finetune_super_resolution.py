@@ -16,8 +16,9 @@ from cogview.sequences.layout import TASKS
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.pixels import pixel_batch
 from cogview.tokenizers.vqvae import ImageTokenizer
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.finetune_super_resolution import PRESETS, Config, draw_scenes, plan, resolve, settings_of
 from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.finetuning import build_task

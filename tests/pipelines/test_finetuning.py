@@ -9,8 +9,9 @@ import torch
 from cogview.errors import VocabularyError
 from cogview.models.published import load_model, save_model
 from cogview.sequences.layout import TASKS
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import UNKNOWN
 from pipelines.tasks.finetuning import Finetuning, build_task, finetuning_plan
 from pipelines.tasks.language_model import Inputs

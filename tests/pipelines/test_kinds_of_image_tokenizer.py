@@ -15,7 +15,8 @@ from cogview.tokenizers.residual_blocks import PyramidConfig
 from cogview.tokenizers.stored import load_image_tokenizer
 from cogview.tokenizers.vqgan import VQGANConfig
 from cogview.tokenizers.vqvae import VQVAEConfig
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
+from cogview.training.ranks import Ranks
 from pipelines import train_image_tokenizer as job
 from pipelines.runtime.flags import Order, read_config
 from pipelines.tasks.image_tokenizer import PIXELS_NAME, TaskSettings, build_task

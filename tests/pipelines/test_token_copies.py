@@ -17,7 +17,8 @@ import pytest
 from cogview.errors import ConfigError, ManifestError, VocabularyError
 from cogview.shards.manifest import MANIFEST_NAME, file_record, write_sealed
 from cogview.shards.reader import TokenShards
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
+from cogview.training.ranks import Ranks
 from pipelines.pretrain import PRESETS, build_task
 from pipelines.runtime.jobs import digest_input
 from pipelines.runtime.token_copies import local_copies

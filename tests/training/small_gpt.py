@@ -12,9 +12,10 @@ from torch import Tensor
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.lora import LoRAConfig, add_lora
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import LoopConfig, Ranks, StepLoss, WeightedBatch, train
+from cogview.training.loop import LoopConfig, StepLoss, WeightedBatch, train
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 
 MODEL = GPTConfig(vocab_size=40, max_positions=9, num_layers=2, hidden_size=16, num_heads=2, dropout=0.1, init_std=0.2)
 ALL_WEIGHTS = LoRAConfig()

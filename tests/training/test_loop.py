@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cogview.errors import CheckpointError, ConfigError, DivergedError
-from cogview.training.loop import STOP_NAME, LoopConfig, Ranks, StepLoss, WeightedBatch, train
+from cogview.training.loop import STOP_NAME, LoopConfig, StepLoss, WeightedBatch, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from tests.two_workers import process_group, run_two_workers
 
 CONFIG = LoopConfig(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from cogview.errors import ConfigError, DivergedError
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import DTYPES, MasterWeights, Precision
+from cogview.training.ranks import Ranks
 from tests.training.small_gpt import LOOP, GPTTask, lines, run
 from tests.two_workers import process_group, run_two_workers
 
@@ -79,7 +80,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, precision: Precision) -> 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", GPTTask(poison=range(4, 6), stop_before=8), **settings)
     resumed = run(tmp_path / "stopped", GPTTask(poison=range(4, 6)), **settings)
-    timeless = [[{**line, "rows_per_second": 0} for line in found.values()] for found in (whole, resumed)]
+    clockless = {"rows_per_second": 0, "tokens_per_second": 0, "memory_gib": 0}
+    timeless = [[{**line, **clockless} for line in found.values()] for found in (whole, resumed)]
     assert str(timeless[0]) == str(timeless[1])  # as text: a NaN is equal to itself
     published = [torch.load(tmp_path / name / "published.pt", weights_only=True) for name in ("whole", "stopped")]
     assert all(torch.equal(published[0][name], tensor) for name, tensor in published[1].items())

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.training.checkpoints import read_checkpoint
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.optimization import OptimizerConfig
 from cogview.training.precision import Precision
+from cogview.training.ranks import Ranks
 from cogview.training.sharding import ShardedWeights
 from tests.training.small_gpt import LOOP, GPTTask, lines, run
 from tests.training.test_loop import RegressionTask
