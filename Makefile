@@ -110,7 +110,7 @@ status: $(READY) ## Stages, scores and paths of the chain that ran last; JSON=1 
 	@$(BIN)/python -m pipelines status $(if $(value JSON),--json) $(ARGS)
 
 test: $(READY_DEV) ## Run the tests, or some of them: ARGS="tests/shards -k manifest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(if $(value ARGS),$(ARGS),--numprocesses 2 --dist loadgroup)
 
 lint: $(READY_DEV) ## Check style, formatting and types
 	@$(BIN)/python -m ruff check

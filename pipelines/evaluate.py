@@ -94,6 +94,7 @@ def main(config: Config, run: JobRun) -> None:
         {"scores": scores, "groups": group_scores(judged, seed=config.seed), "inputs": dict(run.inputs)},
     )
     run.scores.update({name: score["value"] for name, score in scores.items()})
+    run.tracker.log_model_scores(run.inputs["checkpoint"], run.scores)
     draw_samples(samples, judged, folder=folders["samples"], run=run)
     draw_curves(folders["checkpoint"], run=run)
     write_report(own_chain(folders, run=run), run.output / "report.html")

@@ -1,4 +1,4 @@
-"""What many tests share: one Ray for the session, folders for runs, a quiet display, the real data sets."""
+"""What many tests share: who runs beside whom, one Ray for a session, folders for runs, a quiet display, real data."""
 
 import io
 import signal
@@ -14,6 +14,14 @@ from pipelines.runtime.display import PlainDisplay
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, one has all tests that start Ray, and a file's tests are never apart."""
+    for item in items:
+        has_ray = item.get_closest_marker("ray") is not None or "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if has_ray else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)

@@ -158,6 +158,8 @@ def _absolute_inputs(config: Any) -> Any:
         value = getattr(config, field.name)
         if field.metadata.get(ROLE) == "input" and isinstance(value, Path):
             changes[field.name] = Path(os.path.abspath(value))
+        elif field.metadata.get(ROLE) == "input" and isinstance(value, str):
+            changes[field.name] = absolute(value)
         elif field.metadata.get(ROLE) == "input" and isinstance(value, tuple):
             changes[field.name] = tuple(absolute(address) for address in value)
         elif dataclasses.is_dataclass(value):

@@ -31,6 +31,7 @@ from pipelines.runtime.tracking import Tracker, open_tracker
 
 COMPLETE_NAME = "complete.json"
 CONFIG_NAME = "config.json"
+MODEL_NAME = "model.safetensors"  # a product that is a model; its room brings torch, which a menu does not need
 DIGEST_LENGTH = 12  # characters of a digest in a folder name; complete.json has all of them
 DEEP_BYTES = 2 * 2**30  # up to here shards are verified by sha256 (seconds), beyond by their size
 
@@ -134,8 +135,12 @@ def work(plan: Plan, *, display: StageDisplay) -> Finished:
             job.main(plan.config, run)
             seconds = time.monotonic() - started
             tracker.log_scores(run.scores)
-        _write_complete(job, run, seconds=seconds)
-        finished = read_finished(job, output)
+            _write_complete(job, run, seconds=seconds)
+            finished = read_finished(job, output)
+            if finished is not None:
+                tracker.log_output(finished.digest)
+                if MODEL_NAME in job.products:
+                    tracker.log_model(f"cogview-{job.name}", output, digest=finished.digest)
     if finished is None:
         raise ManifestError(f"{output}: the job ended, but its products {job.products} do not verify; run it again")
     return replace(finished, was_done=False)

@@ -33,6 +33,10 @@ OPEN_SECONDS = 60.0  # to import MLflow and to reach it; only a server that is d
 CLOSE_SECONDS = 30.0  # a job waits at most so long for MLflow at its end; the journal has everything anyway
 MAX_FAILURES_IN_ROW = 5
 BATCH_SIZE = 500  # MLflow takes at most 1,000 metrics in one call
+DIGEST_TAG = "output_digest"  # of a run: what it wrote; of a model's version: which weights
+# Else MLflow's pages ask whether this is about language agents, and open on their empty charts.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+NEWEST_ALIAS = "newest"
 VALUE_LENGTH = 500  # characters of a param or a tag that are kept
 
 # Quick to give up and quiet: a server that is away must not hold a job for minutes. Set values win.
@@ -189,7 +193,7 @@ def _experiment_id(client: Any, name: str, location: str | None) -> str:
         if found is not None:
             return str(found.experiment_id)
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -243,6 +247,34 @@ def log_inputs(client: Any, run_id: str, inputs: Mapping[str, str]) -> None:
             for name, digest in inputs.items()
         ],
     )
+
+
+def register_model(client: Any, run_id: str, *, name: str, folder: Path, digest: str) -> None:
+    """Enter the weights in a folder as the newest version of a registered model, unless their digest is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{name}'")
+    known = [version for version in versions if version.tags.get(DIGEST_TAG) == digest]
+    version = (
+        known[0]
+        if known
+        else client.create_model_version(
+            name, source=folder.resolve().as_uri(), run_id=run_id, tags={DIGEST_TAG: digest}
+        )
+    )
+    client.set_registered_model_alias(name, NEWEST_ALIAS, version.version)
+
+
+def score_model(client: Any, run_id: str, *, digest: str, scores: Mapping[str, str]) -> None:
+    """Tag every registered version of these weights with scores, and with the run that found them."""
+    for version in client.search_model_versions(f"tags.{DIGEST_TAG} = '{digest}'"):
+        for key, value in {**scores, "scored_by": run_id}.items():
+            client.set_model_version_tag(version.name, version.version, key, value)
 
 
 def log_step_image(client: Any, run_id: str, path: Path, key: str, step: int) -> None:

@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any
 from cogview.config import flatten
 from pipelines.runtime.journal import JOURNAL_NAME, Journal, Point
 from pipelines.runtime.mlflow_run import (
+    DIGEST_TAG,
     RUN_ID_NAME,
     VALUE_LENGTH,
     Sender,
     describe,
     log_inputs,
     log_step_image,
+    register_model,
+    score_model,
     send_missing,
     set_tags,
 )
@@ -77,6 +80,21 @@ class Tracker:
         """Log data sets by name and digest, as MLflow's dataset inputs."""
         self._journal.write("inputs", inputs=dict(inputs))
         self._sender.call(lambda client, run_id: log_inputs(client, run_id, inputs))
+
+    def log_output(self, digest: str) -> None:
+        """Log the digest of what the run wrote: runs that read it have it among their inputs."""
+        self.log_tags({DIGEST_TAG: digest})
+
+    def log_model(self, name: str, folder: Path, *, digest: str) -> None:
+        """Enter the weights in a folder among the registered models, as the newest version."""
+        self._journal.write("model", name=name, folder=str(folder), digest=digest)
+        self._sender.call(partial(register_model, name=name, folder=folder, digest=digest))
+
+    def log_model_scores(self, digest: str, scores: Mapping[str, float]) -> None:
+        """Write scores to the registered versions of the weights with this digest."""
+        texts = {name: f"{value:.6g}" for name, value in scores.items()}
+        self._journal.write("model_scores", digest=digest, scores=texts)
+        self._sender.call(partial(score_model, digest=digest, scores=texts))
 
     def log_figure(self, figure: "Figure", name: str) -> None:
         """Log a matplotlib figure under a file name such as `loss.png`."""

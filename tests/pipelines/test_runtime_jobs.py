@@ -14,7 +14,7 @@ from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError, ManifestError
 from cogview.shards.manifest import ShardEntry, file_record, read_entry, write_entry, write_manifest
 from pipelines.runtime.display import PlainDisplay
-from pipelines.runtime.jobs import COMPLETE_NAME, Finished, Job, JobRun, digest_input, run_job
+from pipelines.runtime.jobs import COMPLETE_NAME, MODEL_NAME, Finished, Job, JobRun, digest_input, run_job
 from pipelines.runtime.locks import folder_lock, is_locked
 
 
@@ -240,3 +240,9 @@ def test_the_seconds_of_a_job_are_those_of_its_work(texts: Path, run_root: Path,
 
     done = run_job(replace(JOB, main=slow), Config(texts=texts), root=run_root, display=quiet_display)
     assert 0.3 <= done.seconds < 30
+
+
+def test_a_model_is_known_by_the_name_that_its_room_gives_it() -> None:
+    from cogview.models.published import WEIGHTS_NAME
+
+    assert MODEL_NAME == WEIGHTS_NAME

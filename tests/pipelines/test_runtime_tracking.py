@@ -66,6 +66,8 @@ def test_a_run_has_params_digests_inputs_metrics_and_ends_as_finished(run_root: 
     client, run_id = run_of(run_root)
     run = client.get_run(run_id)
     assert client.get_experiment(run.info.experiment_id).name == "cogview/count_words"
+    kind = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"  # or its page opens on charts of language agents
     assert run.info.status == "FINISHED"
     assert run.data.params == {"num_steps": "8"}
     assert run.data.metrics == {"loss": 2.5, "psnr": 20.0, "score/accuracy": 0.9}
@@ -73,6 +75,26 @@ def test_a_run_has_params_digests_inputs_metrics_and_ends_as_finished(run_root: 
     assert run.data.tags["score.note"] == "fine"
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("pairs", "f" * 36)
+
+
+def test_weights_are_registered_once_and_carry_their_scores(run_root: Path) -> None:
+    weights = run_root / "pretrain" / "abc"
+    for digest in ("a" * 64, "a" * 64, "b" * 64):
+        with tracker(run_root, job="pretrain") as opened:
+            opened.log_output(digest)
+            opened.log_model("cogview-pretrain", weights, digest=digest)
+    with tracker(run_root, job="evaluate") as opened:
+        opened.log_model_scores("b" * 64, {"attributes/mean": 0.875, "reconstruction/psnr": 26.0})
+    client, run_id = run_of(run_root, job="pretrain")
+    assert client.get_run(run_id).data.tags["output_digest"] == "b" * 64
+    versions = {version.tags["output_digest"]: version for version in client.search_model_versions()}
+    assert versions.keys() == {"a" * 64, "b" * 64}
+    newest = client.get_model_version_by_alias("cogview-pretrain", "newest")
+    assert newest.tags["output_digest"] == "b" * 64
+    assert newest.tags["attributes/mean"] == "0.875"
+    assert newest.tags["scored_by"] == run_of(run_root, job="evaluate")[1]
+    assert newest.source == weights.resolve().as_uri()
+    assert "attributes/mean" not in versions["a" * 64].tags
 
 
 def test_pictures_tables_and_files_reach_mlflow_and_stay_beside_the_output(run_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Every command of the pages is one that the program takes, and every link leads somewhere."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from pipelines.runtime.flags import read_config, read_order
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("clusters/*.md")])
+VERBS = {"status", "dashboard", "doctor"}  # commands that have no config of a job
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```\w*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's code that call make or the jobs, without their comments, one for each part of `a && b`."""
+    lines = [line for block in FENCE.findall(page.read_text()) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in re.sub(r"\s#\s.*", "", line).split("&&")]
+    return [part for part in parts if part.startswith(("make ", "python -m pipelines "))]
+
+
+def jobs_called(command: str) -> list[list[str]]:
+    """The words after `python -m pipelines` of every job that a command calls."""
+    if command.startswith("make "):
+        shown = subprocess.run(
+            ["make", "-n", *shlex.split(command)[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.replace("\\\n", " ")
+    else:
+        shown = command
+    found = re.findall(r"python -m pipelines ([^\n&]*)", shown)
+    return [shlex.split(words) for words in found]
+
+
+def test_there_are_pages_with_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_command_is_understood(page: Path) -> None:
+    for command in commands(page):
+        for words in jobs_called(command):
+            if words[0] in VERBS:
+                continue
+            order = read_order(words)
+            read_config(order, importlib.import_module(f"pipelines.{order.job}"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        assert not link.startswith("http:"), f"{link}: not encrypted"
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert REPOSITORY in (target, *target.parents), f"{link} leads out of the project"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def test_every_page_of_docs_is_in_the_list_of_pages() -> None:
+    listed = LINK.findall((REPOSITORY / "docs" / "README.md").read_text())
+    assert {page.name for page in REPOSITORY.glob("docs/*.md")} - {"README.md"} <= set(listed)
