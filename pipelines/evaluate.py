@@ -6,7 +6,6 @@ Writes:  scores.json (every score with its n and its source), samples.png, recon
 Time:    about 15 s for 200 samples and 2,000 held-out rows on two cores
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from cogview.sequences.batch import SequenceBatch, SequenceConfig, build_batch
 from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import atomic_file, read_json, write_json
 from cogview.shards.reader import TokenShards
+from cogview.training.metrics_file import read_metrics
 from pipelines.runtime.jobs import COMPLETE_NAME, Job, JobRun
 from pipelines.runtime.report import write_report
 
@@ -224,19 +224,6 @@ def draw_curves(checkpoint: Path, *, run: JobRun) -> None:
     figure = plot_losses(lines)
     figure.savefig(run.output / "curves.png", dpi=120)
     run.tracker.log_figure(figure, "curves.png")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics file; a last line cut by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def plot_losses(lines: Sequence[Mapping[str, float]]) -> "Figure":

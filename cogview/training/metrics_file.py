@@ -16,7 +16,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if line["step"] <= first_step] if first_step else []
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
@@ -27,8 +27,8 @@ class MetricsFile:
             file.write(json.dumps(dict(line)) + "\n")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut by a kill is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, none if there is none; a line cut by a kill is left out."""
     if not path.exists():
         return []
     found = []
