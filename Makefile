@@ -52,10 +52,11 @@ pretrain: $(if $(value CLUSTER),$(READY_CLUSTER),$(READY)) ## Web pages to pictu
 	@$(if $(value CLUSTER),$(SUBMIT) python,$(BIN)/python) -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(if $(value CLUSTER),--root $(call quoted,ROOT)) $(ARGS)
 
-generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [ARGS="..."]
+generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [LEXICON=/file.toml] [ARGS="..."]
 	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) \
 	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value PROMPTS),--prompts-file $(call quoted,PROMPTS)) \
-	    $(if $(value BEST),--best --candidates $(call quoted,BEST)) $(ARGS)
+	    $(if $(value BEST),--best --candidates $(call quoted,BEST)) \
+	    $(if $(value LEXICON),--lexicon $(call quoted,LEXICON)) $(ARGS)
 
 finetune-captioning: $(READY) ## Teach the model trained last to write captions, and to rank its pictures [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines finetune_captioning $(call quoted,PRESET) $(ARGS)
