@@ -21,7 +21,7 @@ from cogview.errors import ConfigError
 
 RULES, CHOICE, WORD = "rules", "{choice}", "{word}"
 _UNSPACED = "\u0e00-\u0e7f\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[^\w\s]")  # a comma keeps words apart as a word does
 _ARTICLE = re.compile(r"(?<![^\W_])(a)(n?)(\s+)$", re.IGNORECASE)
 _VOWELS = tuple("aeiou")
 
@@ -180,7 +180,7 @@ def _check_names(rule: Rule) -> None:
     if not rule.words:
         raise ConfigError(f"lexicon, rule {rule.name!r}: words=[]: name the words that leave something open")
     for word in (*rule.words, *rule.unless):
-        if word != word.strip() or not _TOKEN.search(word):
+        if word != word.strip() or not any(map(str.isalnum, word)):
             raise ConfigError(f"lexicon, rule {rule.name!r}: {word!r} is no word; write it without spaces around it")
 
 

@@ -57,7 +57,8 @@ def test_within_reach_only_counts_what_stands_near():
     near = lexicon(reach=2, choices={"blue": 1}, unless=("red",))
     assert near.rewrite("a red star above a small circle", seed=1).text == "a red star above a small blue circle"
     assert near.rewrite("a small red circle", seed=1).replacements == ()
-    assert near.rewrite("a circle, very red", seed=1).replacements == ()
+    assert near.rewrite("a circle, red", seed=1).replacements == ()
+    assert near.rewrite("a circle, very red", seed=1).text == "a blue circle, very red"
     assert near.rewrite("a circle that is not red", seed=1).text == "a blue circle that is not red"
 
 
@@ -84,6 +85,9 @@ def test_chinese_words_are_found_inside_a_text():
     rule = lexicon(words=("圆形", "医生"), choices={"红色": 1}, template="{choice}{word}")
     assert rule.rewrite("白色背景上的一个大圆形", seed=0).text == "白色背景上的一个大红色圆形"
     assert rule.rewrite("白色背景上的一个大红色圆形", seed=0).replacements == ()
+    near = lexicon(words=("圆形",), choices={"红色": 1}, unless=("蓝色",), template="{choice}{word}", reach=1)
+    assert near.rewrite("一个大圆形，蓝色背景", seed=0).text == "一个大红色圆形，蓝色背景"
+    assert near.rewrite("蓝色圆形", seed=0).replacements == ()
     assert rule.rewrite("医生doctor", seed=0).text == "红色医生doctor"
 
 
