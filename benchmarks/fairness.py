@@ -1,6 +1,6 @@
 """A model with a planted bias draws by the distribution that is asked for, once word replacing qualifies its prompts.
 
-Command: make verify NAME=fairness [ARGS="--root runs/smoke --steps 1500 --pictures 800"]
+Command: make verify NAME=fairness [ARGS="--root runs/smoke --steps 1000 --pictures 800"]
 A GPT of the smoke preset is trained anew on scenes of one shape with the tokenizers of a finished chain. Two in five of
 the captions name no colour, and under those 90 % of the circles are red; under all others colours are as frequent as
 each other. `generate` then draws circles for captions without a colour, in English and Chinese: as they are, and with
@@ -292,10 +292,11 @@ def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
-    parser.add_argument("--steps", type=int, default=1500, help="of training (default: 1500)")
+    parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
     parser.add_argument("--pictures", type=int, default=800, help="circles of each drawing (default: 800)")
+    parser.add_argument("--threads", type=int, default=1, help="of training; more only help on free cores (default: 1)")
     flags = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(flags.threads)
     return verify(
         "fairness",
         lambda: measure(root=flags.root.resolve(), steps=flags.steps, pictures=flags.pictures, save=flags.save),

@@ -56,6 +56,13 @@ class Booth:
         app.router.add_get("/results/data", self._results)
         return app
 
+    def greeting(self, url: str) -> str:
+        """What is said when the server listens at `url`."""
+        return (
+            f"Evaluators: {url}  (Ctrl-C ends it; votes stay, and everybody goes on where they stopped)\n"
+            f"Results, for you alone: {url}/results#key={self._results_key}"
+        )
+
     async def _about(self, request: web.Request) -> web.Response:
         """What the page needs before anybody has joined."""
         return web.json_response({"scales": SCALES, "pictures": len(self.study.models)})

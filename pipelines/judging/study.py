@@ -41,13 +41,15 @@ LARGEST_SIDE = 512  # pixels; all pictures of a study together go to each evalua
 class StudyConfig:
     """What decides the pictures of a study; whom it asks, and where it listens, do not.
 
-    names, folders: the models; references: pictures of the truth (else the scenes that a model's table names);
-    image_tokenizer: through which the truth passes, None to leave the truth out; image_size: of references, 0 for that
-    of the first model's; num_groups: 0 for all captions; num_planted: groups for attention checks.
+    names, folders, contents: the models, and the digests of their folders; references: pictures of the truth (else the
+    scenes that a model's table names); image_tokenizer: through which the truth passes, None to leave the truth out;
+    image_size: of references, 0 for that of the first model's; num_groups: 0 for all captions; num_planted: groups for
+    attention checks.
     """
 
     names: tuple[str, ...]
-    folders: tuple[str, ...] = input_field()
+    folders: tuple[Path, ...] = runtime_field()
+    contents: tuple[str, ...]
     references: Path | None = input_field(default=None)
     image_tokenizer: Path | None = input_field(default=None)
     image_size: int = 0
@@ -147,7 +149,7 @@ def read_entrants(config: StudyConfig, *, run: JobRun) -> list[Entrant]:
         raise ConfigError(f"models: {', '.join(config.names)}: every model needs a name of its own, not {RECOVERED!r}")
     if len(config.names) + (config.image_tokenizer is not None) < 2:
         raise ConfigError("models: there is nothing to compare; give two or more as NAME=FOLDER")
-    entrants = [read_entrant(name, Path(folder)) for name, folder in zip(config.names, config.folders, strict=True)]
+    entrants = [read_entrant(name, folder) for name, folder in zip(config.names, config.folders, strict=True)]
     shared = set(shared_captions(entrants))
     for entrant in entrants:
         alone = len(entrant.entries.keys() - shared)
