@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
-from pipelines.judging.ballots import VOTES_NAME, Ballots, Share
+from pipelines.judging.ballots import VOTES_FOLDER, VOTES_NAME, Ballots, Share
 from pipelines.judging.booth import Booth
 from pipelines.judging.study import STUDY, Study, StudyConfig
 from pipelines.runtime.chain import fill_from_chain, latest_output, show_finished
@@ -29,7 +29,6 @@ from pipelines.serving.listening import check_address, listen, read_token
 
 TOKENIZER = {"image_tokenizer": "train_image_tokenizer"}
 LATEST = {"generate": "CogView", "super_resolve": "CogView, super-resolved"}  # what there is to judge without --models
-VOTES_FOLDER = "votes"
 KEY_BYTES = 16
 
 

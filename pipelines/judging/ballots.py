@@ -24,7 +24,7 @@ from cogview.evaluation.human_votes import SCALES, Kind, Vote
 from pipelines.judging.study import Group, Study
 from pipelines.serving.fields import RefusedError
 
-VOTES_NAME = "votes.db"
+VOTES_FOLDER, VOTES_NAME = "votes", "votes.db"
 MAX_NAME = 60  # characters
 CODE_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # none that is taken for another
 CODE_LENGTH = 8  # 40 bits
