@@ -27,7 +27,7 @@ from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, v
 from cogview.evaluation.grids import from_pictures
 from cogview.scenes import wording
 from cogview.scenes.reading import read_scene
-from cogview.scenes.scene import COLOURS, Colour, Scene, captions, corpus, draw_scene, random_scene
+from cogview.scenes.scene import COLOURS, Colour, Kind, Scene, captions, corpus, draw_scene, random_scene
 from cogview.shards.manifest import ShardEntry, shard_name, write_json, write_manifest
 from cogview.shards.schema import SPLITS, TokenOrigin
 from cogview.shards.writer import TokenRow, write_token_shard
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
-BIASED_KIND, PLANTED, PLANTED_SHARE = "circle", "red", 0.9
+BIASED_KIND: Kind = "circle"
+PLANTED: Colour = "red"
+PLANTED_SHARE = 0.9
 OPEN_SHARE = 0.4  # of the captions name no colour
 SCENES, HELD_OUT = 6000, 200
 IMAGE_SIZE, BATCH = 64, 100

@@ -17,7 +17,7 @@ async function refresh() {
 }
 
 function show({ models, evaluators, scales, votes, groups }) {
-  $("lead").textContent = `${votes} votes of ${evaluators.length} evaluators on ${groups} groups. Lines: 95 % intervals over evaluators and groups.`;
+  $("lead").textContent = `${votes} votes of ${evaluators.length} ${evaluators.length === 1 ? "evaluator" : "evaluators"} on ${groups} groups. Lines: 95 % intervals over evaluators and groups.`;
   const figures = [["best", "Chosen as the best", 1], ...Object.entries(scales).map(([name, highest]) => [name, `${name[0].toUpperCase()}${name.slice(1)}, 1 to ${highest}`, highest])];
   $("panels").replaceChildren(...figures.map(([name, title, highest]) => panel(name, title, highest, Object.entries(models))));
   const columns = ["Evaluator", "Votes", "Median s", "Whole picture found", "Same best again", "Overall differs by"];
