@@ -167,7 +167,7 @@ def plot_figure(summary: Summary) -> "Figure":
         for aspect, name in enumerate(aspects):
             step = 0.84 / len(summary)
             _bar(details, aspect + step * (place + 0.5) - 0.42, summary[model][name], colour=colour, width=0.9 * step)
-    best.set(title="(a) Chosen as the best", ylabel="% of groups", ylim=(0, None), xticks=[])
+    best.set(title="(a) Chosen as the best", ylabel="% of votes", ylim=(0, None), xticks=[])
     overall.set(title="(b) Overall score", ylim=(1, SCALES["overall"]), xticks=[])
     details.set(title="(c) Scores of three aspects", ylim=(1, SCALES[aspects[0]]))
     details.set_xticks(np.arange(len(aspects)), [name.capitalize() for name in aspects])

@@ -28,7 +28,7 @@ from pipelines.serving.gate import Gate
 from pipelines.serving.listening import check_address, listen, read_token
 
 TOKENIZER = {"image_tokenizer": "train_image_tokenizer"}
-LATEST = {"generate": "CogView", "super_resolve": "CogView, super-resolved"}  # what there is to judge without --models
+LATEST = {"generate": "CogView", "super_resolve": "CogView super-resolved"}  # what there is to judge without --models
 KEY_BYTES = 16
 
 

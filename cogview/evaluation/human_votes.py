@@ -6,17 +6,20 @@ a 95 % interval; for each evaluator how they did on the attention checks, which 
 
 Votes on one group hang together, and so do those of one evaluator. So the intervals come from drawing both anew: a vote
 weighs as often as its evaluator was drawn times as often as its group was (Owen, *The pigeonhole bootstrap*, 2007).
+Where there is one evaluator, only groups are drawn, and the intervals say nothing of other people.
 """
 
 # R resamples, E evaluators, G groups
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from cogview.evaluation.attributes import wilson
 
 SCALES = {"overall": 10, "clarity": 5, "texture": 5, "relevance": 5}  # from 1 to this
 BEST = "best"
@@ -91,7 +94,7 @@ def summarise(
     table = _Table(measured, seed=seed, resamples=resamples)
     return {
         model: {
-            BEST: table.mean([float(vote.best == model) for vote in measured]),
+            BEST: _as_share(table.mean([float(vote.best == model) for vote in measured])),
             **{name: table.mean([float(vote.scores[model][name]) for vote in measured]) for name in SCALES},
         }
         for model in models
@@ -139,6 +142,12 @@ class _Table:
         np.add.at(sums_EG, (self._rows, self._columns), values)
         weighted: npt.NDArray[np.float64] = ((self._weights_RE @ sums_EG) * self._weights_RG).sum(axis=1)
         return weighted
+
+
+def _as_share(found: Estimate) -> Estimate:
+    """A share's interval is never narrower than Wilson's: who was chosen 0 of 48 times may be chosen yet."""
+    known = wilson(right=found.value * found.n, n=found.n)
+    return replace(found, low=min(found.low, known.low), high=max(found.high, known.high))
 
 
 def _drawn(number: int, *, resamples: int, generator: np.random.Generator) -> npt.NDArray[np.float64]:

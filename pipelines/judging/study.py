@@ -8,6 +8,7 @@ model with this tokenizer can reach (CogView, section 4.2).
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ STUDY_NAME = "study.json"
 PICTURES = "pictures"
 RECOVERED = "recovered ground truth"
 BLOCKS = 8  # a scrambled picture is cut into 8 x 8
+_NAME = re.compile(r"[\w][\w .-]{0,60}")  # what MLflow takes as part of a name
 LARGEST_SIDE = 512  # pixels; all pictures of a study together go to each evaluator
 
 
@@ -147,6 +149,9 @@ def read_entrants(config: StudyConfig, *, run: JobRun) -> list[Entrant]:
     """The models' pictures; says what of them cannot be used."""
     if len(set(config.names)) < len(config.names) or RECOVERED in config.names or RIGHT in config.names:
         raise ConfigError(f"models: {', '.join(config.names)}: every model needs a name of its own, not {RECOVERED!r}")
+    strange = next((name for name in config.names if not _NAME.fullmatch(name)), None)
+    if strange is not None:
+        raise ConfigError(f"models: {strange!r} names a metric as well; use letters, digits, spaces and . _ -")
     if len(config.names) + (config.image_tokenizer is not None) < 2:
         raise ConfigError("models: there is nothing to compare; give two or more as NAME=FOLDER")
     entrants = [read_entrant(name, folder) for name, folder in zip(config.names, config.folders, strict=True)]

@@ -58,6 +58,12 @@ def test_shares_of_all_models_add_up_and_lie_in_their_intervals():
     assert summarise(votes, models=MODELS, seed=1) != summary
 
 
+def test_who_was_never_chosen_may_be_chosen_yet():
+    never = summarise([vote(group=f"g{g}") for g in range(48)], models=MODELS)["theirs"]["best"]
+    assert (never.value, never.low) == (0, 0)
+    assert 0.05 < never.high < 0.1
+
+
 def test_evaluators_who_differ_widen_the_interval_more_than_groups_alone_would():
     strict = [vote("strict", f"g{g}", ours=2) for g in range(50)]
     mild = [vote("mild", f"g{g}", ours=9) for g in range(50)]

@@ -22,14 +22,17 @@ from PIL import Image
 
 from cogview.errors import ConfigError, ManifestError
 from cogview.evaluation.human_votes import RIGHT, SCALES
-from pipelines import human_evaluation
+from pipelines import count_votes, human_evaluation
 from pipelines.judging.ballots import CODE_LENGTH, Ballots, Share, load_votes
 from pipelines.judging.booth import Booth
 from pipelines.judging.entrants import caption_key, read_entrant
 from pipelines.judging.study import RECOVERED, Study, prepare, scrambled
+from pipelines.runtime.flags import read_order
+from pipelines.runtime.jobs import plan_job, run_job
 from pipelines.serving.fields import RefusedError
 from pipelines.serving.gate import SECURITY, Gate
 from tests.pipelines.job_runs import open_run
+from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.studies import NUMBER, SHARE, open_ballots, study_config, write_study, write_systems
 
 KEY, TOKEN = "the-key-of-the-results", "a-secret-for-this-test"
@@ -128,6 +131,7 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path):
             {"names": ("ours",), "folders": (Path("a"),), "contents": ("a",), "image_tokenizer": None},
             "nothing to compare",
         ),
+        ({"names": ("ours, too", "named", "listed")}, "'ours, too' names a metric as well"),
         ({"image_size": 30}, "image_size=30 is no multiple of 8"),
     ],
 )
@@ -483,6 +487,36 @@ def test_models_are_given_by_name_and_folder(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             human_evaluation.study_config(replace(config, models=models), root=tmp_path)
+
+
+def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_root):
+    systems = write_systems(tmp_path, number=4)
+    order = read_order(["human_evaluation", "smoke", "--root", str(run_root), "--verbose"])
+    config = human_evaluation.Config(
+        models=(f"ours={systems.ours}", f"named={systems.named}"),
+        image_tokenizer=systems.image_tokenizer,
+        image_size=32,
+        only_prepare=True,
+    )
+    (line,) = human_evaluation.main(config, order=order, command="")
+    folder = Path(line.removeprefix("study: "))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert len(before) == 3 * (4 + 4)
+    assert human_evaluation.main(config, order=order, command="") == [line]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
+    study = Study.open(folder)
+    with human_evaluation.open_ballots(config, study) as ballots:
+        judge_all(ballots, "Ada", best="ours")
+    counted = [
+        run_job(count_votes.JOB, count_votes.resolve(count_votes.Config(), root=run_root), root=run_root, display=shown)
+        for shown in (QuietDisplay(), QuietDisplay())
+    ]
+    assert [done.was_done for done in counted] == [False, True]
+    assert counted[0].scores["best/ours"] == 1
+    with human_evaluation.open_ballots(config, study) as ballots:
+        judge_all(ballots, "Bob", best="named")
+    config_now = count_votes.resolve(count_votes.Config(), root=run_root)
+    assert plan_job(count_votes.JOB, config_now, root=run_root).output != counted[0].output
 
 
 def test_what_cannot_be_served_is_refused():
