@@ -37,8 +37,9 @@ class Config:
     """What is judged, by how much work of each evaluator, and where.
 
     models: NAME=FOLDER of each; without any, what generate and super_resolve have drawn last. recovered: judge the
-    truth as well, passed through the image tokenizer; references: pictures of it with the same captions (the demo's
-    captions need none); image_size: of the truth, 0 for that of the first model's pictures.
+    truth as well, passed through the image tokenizer; references: pictures of it with the same captions, or tars of
+    pairs such as filter_pairs writes (the demo's captions need none); image_size: of the truth, 0 for that of the first
+    model's pictures.
     num_groups: captions of the study, 0 for all. each: groups that one evaluator judges, 0 for all; repeated, planted:
     attention checks among them, groups shown a second time and groups with one whole picture among scrambled ones.
     host, port, token_file, names: see `serve`. only_prepare: do not listen. device: of the image tokenizer.

@@ -7,8 +7,8 @@ same-named .txt files, or else are the files' names (`a_red_circle.png`).
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogview.errors import ConfigError
-from cogview.records.folders import read_captions
-from cogview.records.pair import Unusable
-from cogview.records.tars import IMAGE_SUFFIXES
+from cogview.records.folders import read_captions, read_image_file
+from cogview.records.pair import Failure, Unusable
+from cogview.records.tars import IMAGE_SUFFIXES, read_foreign_tar
 
 TABLE_NAME = "samples.parquet"
 EXAMPLES = 3
@@ -27,11 +27,20 @@ _GAP = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model's picture for a caption. scene: what a right picture shows, as JSON, for captions of the demo corpus."""
+    """A model's picture for a caption.
+
+    scene: what a right picture shows, as JSON, for captions of the demo corpus; data: the picture itself, where `path`
+    is a tar with many.
+    """
 
     caption: str
     path: Path
     scene: str = ""
+    data: bytes = field(default=b"", repr=False)
+
+    def read(self) -> bytes | Unusable:
+        """The bytes of the picture, or why there are none."""
+        return self.data or read_image_file(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,29 @@ def read_entrant(name: str, folder: Path) -> Entrant:
     for entry in found:
         entries.setdefault(caption_key(entry.caption), entry)
     return Entrant(name=name, entries=entries, unused=len(found) - len(entries))
+
+
+def read_references(folder: Path, *, wanted: Collection[str]) -> Entrant:
+    """The true pictures of captions: a folder as of any entrant, or one with tars of pairs, as filter_pairs has.
+
+    wanted: keys of captions; of tars, nothing else is kept.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        return read_entrant("references", folder)
+    entries: dict[str, Entry] = {}
+    unused = 0
+    for tar in tars:
+        for pair in read_foreign_tar(tar):
+            if isinstance(pair, Failure):
+                continue
+            keys = {caption_key(caption): caption for caption in pair.captions}
+            for key in keys.keys() & wanted:
+                unused += key in entries
+                entries.setdefault(key, Entry(caption=keys[key], path=tar, data=pair.image_bytes))
+    if not entries:
+        raise ConfigError(f"references={folder}: no pair in {len(tars)} tars has a caption of the models' pictures")
+    return Entrant(name="references", entries=entries, unused=unused)
 
 
 def caption_key(caption: str) -> str:

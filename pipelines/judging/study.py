@@ -21,14 +21,13 @@ from cogview.errors import ConfigError, ManifestError
 from cogview.evaluation.attributes import scene_from_json
 from cogview.evaluation.human_votes import RIGHT
 from cogview.evaluation.reconstruction import reconstruct
-from cogview.records.folders import read_image_file
 from cogview.records.images import decode_image, encode_image, fit_image
 from cogview.records.pair import Unusable
 from cogview.scenes.scene import draw_scene
 from cogview.shards.manifest import atomic_file, file_record, read_sealed, write_sealed
 from cogview.tokenizers.pixels import square_pixels
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
-from pipelines.judging.entrants import Entrant, Entry, read_entrant, shared_captions
+from pipelines.judging.entrants import Entrant, Entry, read_entrant, read_references, shared_captions
 from pipelines.runtime.jobs import Job, JobRun
 
 STUDY_NAME = "study.json"
@@ -121,7 +120,7 @@ def prepare(config: StudyConfig, run: JobRun) -> None:
     """Write the pictures of every group, then `study.json`."""
     entrants = read_entrants(config, run=run)
     keys = shared_captions(entrants)
-    maker = _Maker(config=config, run=run, truth=_Truth.load(config, entrants))
+    maker = _Maker(config=config, run=run, truth=_Truth.load(config, entrants, keys=keys))
     chosen = list(keys)
     random.Random(f"groups:{config.seed}").shuffle(chosen)
     groups, left_out = maker.groups(entrants, chosen)
@@ -175,11 +174,11 @@ class _Truth:
     image_size: int
 
     @classmethod
-    def load(cls, config: StudyConfig, entrants: Sequence[Entrant]) -> "_Truth | None":
+    def load(cls, config: StudyConfig, entrants: Sequence[Entrant], *, keys: Sequence[str]) -> "_Truth | None":
         """ConfigError if the truth is wanted and nobody knows it."""
         if config.image_tokenizer is None:
             return None
-        references = read_entrant("references", config.references) if config.references else None
+        references = read_references(config.references, wanted=set(keys)) if config.references else None
         scenes = {key: entry.scene for entrant in entrants for key, entry in entrant.entries.items() if entry.scene}
         if references is None and not scenes:
             raise ConfigError(
@@ -291,7 +290,7 @@ def scrambled(picture: Image.Image, *, rng: random.Random) -> Image.Image:
 
 
 def _open(entry: Entry) -> Image.Image | Unusable:
-    data = read_image_file(entry.path)
+    data = entry.read()
     return data if isinstance(data, Unusable) else decode_image(data, short_side=LARGEST_SIDE)
 
 

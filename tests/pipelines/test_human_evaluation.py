@@ -22,6 +22,7 @@ from PIL import Image
 
 from cogview.errors import ConfigError, ManifestError
 from cogview.evaluation.human_votes import RIGHT, SCALES
+from cogview.records.pair import TextImagePair
 from pipelines import count_votes, human_evaluation
 from pipelines.judging.ballots import CODE_LENGTH, Ballots, Share, load_votes
 from pipelines.judging.booth import Booth
@@ -32,7 +33,7 @@ from pipelines.runtime.jobs import plan_job, run_job
 from pipelines.serving.fields import RefusedError
 from pipelines.serving.gate import SECURITY, Gate
 from tests.pipelines.job_runs import open_run
-from tests.pipelines.pair_folders import QuietDisplay
+from tests.pipelines.pair_folders import QuietDisplay, make_pairs, png, write_pair_folder
 from tests.pipelines.studies import NUMBER, SHARE, open_ballots, study_config, write_study, write_systems
 
 KEY, TOKEN = "the-key-of-the-results", "a-secret-for-this-test"
@@ -168,6 +169,28 @@ def test_without_a_known_truth_references_are_asked_for_and_used(tmp_path):
     study = Study.open(run.output)
     assert study.models == ("named", "listed", RECOVERED)
     assert picture_of(study, next(iter(study.groups.values())), RECOVERED).size == (32, 32)
+
+
+def test_references_may_be_the_tars_of_pairs(tmp_path):
+    systems = write_systems(tmp_path, number=3)
+    pairs = [
+        TextImagePair(
+            key=f"00000_{row:05d}",
+            captions=("something else", caption),
+            image_bytes=png("red" if row else "blue"),
+            source="https://example.org/",
+            extra={"sha256": "0" * 64, "width": 40, "height": 32},
+        )
+        for row, caption in enumerate(systems.captions[:2])
+    ]
+    tars = write_pair_folder(tmp_path / "pairs", [pairs])
+    run = open_run(tmp_path / "study")
+    prepare(study_config(systems, references=tars), run)
+    study = Study.open(run.output)
+    assert len(study.groups) == 3  # the third has no pair, but a scene
+    other = write_pair_folder(tmp_path / "others", [make_pairs(2)])
+    with pytest.raises(ConfigError, match="no pair in 1 tars has a caption"):
+        prepare(study_config(systems, references=other), open_run(tmp_path / "none"))
 
 
 def test_a_picture_that_has_changed_is_not_shown(tmp_path):
