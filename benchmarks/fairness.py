@@ -81,7 +81,8 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
         say(f"training on {SCENES} scenes for {steps} steps")
         loss = train_model(Inputs(tokens=folder / "tokens", **tokenizers), output=folder / "model", steps=steps)
         flags = [f"--{field.replace('_', '-')}={path}" for field, path in tokenizers.items()]
-        drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", *flags))
+        threads = torch.get_num_threads()
+        drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", f"--threads={threads}", *flags))
         open_texts = [text for text, _ in prompts(pictures, is_open=True)]
         shares = {"before": colour_shares(drawer.draw("before", open_texts))}
         for asked, choices in ASKED.items():
@@ -296,7 +297,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
     parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
     parser.add_argument("--pictures", type=int, default=800, help="circles of each drawing (default: 800)")
-    parser.add_argument("--threads", type=int, default=1, help="of training; more only help on free cores (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more only help on free cores (default: 1)")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     return verify(

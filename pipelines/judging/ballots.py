@@ -5,6 +5,8 @@ it is answered (write-ahead log, synced at every commit), so a server that is ki
 (evaluator, place) is unique, so a vote that is sent again counts once. Which groups an evaluator gets is written down
 when they join: those with the fewest ballots so far, in an order of their own, with repeated and planted groups among
 them. The order of the pictures on a ballot follows from the study's seed, the evaluator and the place.
+
+SQLite's write-ahead log wants a disk of this machine; over a network file system it is not safe.
 """
 
 import json
@@ -33,28 +35,28 @@ MEASURED: Kind = "measured"
 BUSY_SECONDS = 5  # after which a vote that could not be written may be sent again
 Scores = dict[str, dict[str, int]]  # model -> scale -> score
 SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS study (digest TEXT PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS study (digest TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS evaluators (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, code TEXT NOT NULL,
-    joined TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ'))
-) STRICT;
+    joined TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+);
 CREATE TABLE IF NOT EXISTS ballots (
     evaluator INTEGER NOT NULL REFERENCES evaluators (id), place INTEGER NOT NULL,
     group_id TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('measured', 'repeated', 'planted')),
     PRIMARY KEY (evaluator, place)
-) STRICT, WITHOUT ROWID;
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ballots_by_group ON ballots (kind, group_id);
 CREATE TABLE IF NOT EXISTS votes (
     number INTEGER PRIMARY KEY, evaluator INTEGER NOT NULL, place INTEGER NOT NULL,
     best TEXT NOT NULL, seconds REAL NOT NULL,
-    voted TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ')),
+    voted TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
     UNIQUE (evaluator, place), FOREIGN KEY (evaluator, place) REFERENCES ballots (evaluator, place)
-) STRICT;
+);
 CREATE TABLE IF NOT EXISTS scores (
     vote INTEGER NOT NULL REFERENCES votes (number), model TEXT NOT NULL,
     {", ".join(f"{name} INTEGER NOT NULL CHECK ({name} BETWEEN 1 AND {highest})" for name, highest in SCALES.items())},
     PRIMARY KEY (vote, model)
-) STRICT, WITHOUT ROWID;
+) WITHOUT ROWID;
 """
 
 

@@ -279,6 +279,24 @@ def test_nobody_votes_out_of_turn_or_twice_in_the_file(ballots):
     assert len(ballots.votes()) == 1
 
 
+def test_votes_are_synced_and_a_full_disk_is_said_and_costs_none(ballots):
+    evaluator = ballots.join("Ada")
+    connection = ballots._connection
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: every commit waits for the disk
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count={pages}")
+    names = iter(f"evaluator {number}" for number in range(1000))
+    with pytest.raises(RefusedError, match=r"cannot be written now .*full") as refused:
+        any(judge_all(ballots, name) is None for name in names)
+    assert (refused.value.status, refused.value.retry_after > 0) == (503, True)
+    answered = 6 * (int(next(names).split()[1]) - 1)
+    assert answered - 6 <= len(ballots.votes()) <= answered
+    connection.execute(f"PRAGMA max_page_count={pages + 1000}")
+    ballots.vote(evaluator, place=0, best=0, scores=[SCORES] * 4, seconds=1)
+    assert ballots.votes()[-1].evaluator == "Ada"
+
+
 def test_a_name_needs_its_code(ballots):
     ada = ballots.join(" Ada\u00a0 Lovelace ")
     assert ada.name == "Ada Lovelace"
