@@ -20,7 +20,7 @@ LOCK       := .venv-lock
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
 # Byte code is written when a module is first imported: compiling all of it beforehand takes half a minute longer.
 INSTALL     := -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS   = $(filter-out __init__ captioner chains counting harness photo_server processes rivals,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS   = $(filter-out __init__ browser captioner chains counting harness photo_server processes rivals,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 # The value of a variable as one word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -41,7 +41,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention doctor dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve human-evaluation count-votes import-weights compare-image-tokenizers stress-stability analyse-attention doctor dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,10 +52,11 @@ pretrain: $(if $(value CLUSTER),$(READY_CLUSTER),$(READY)) ## Web pages to pictu
 	@$(if $(value CLUSTER),$(SUBMIT) python,$(BIN)/python) -m pipelines road $(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) $(if $(value CLUSTER),--root $(call quoted,ROOT)) $(ARGS)
 
-generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [ARGS="..."]
+generate: $(READY) ## Draw with the model trained last: PROMPT="a large red circle on a blue background" or PROMPTS=/file [BEST=8] [LEXICON=/file.toml] [ARGS="..."]
 	@$(BIN)/python -m pipelines generate smoke --root runs/$(call quoted,PRESET) \
 	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value PROMPTS),--prompts-file $(call quoted,PROMPTS)) \
-	    $(if $(value BEST),--best --candidates $(call quoted,BEST)) $(ARGS)
+	    $(if $(value BEST),--best --candidates $(call quoted,BEST)) \
+	    $(if $(value LEXICON),--lexicon $(call quoted,LEXICON)) $(ARGS)
 
 finetune-captioning: $(READY) ## Teach the model trained last to write captions, and to rank its pictures [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines finetune_captioning $(call quoted,PRESET) $(ARGS)
@@ -82,6 +83,13 @@ finetune-fashion: $(READY) ## One domain in high resolution, with a VQGAN: DATA=
 	@$(BIN)/python -m pipelines road fashion_$(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) && \
 	    $(BIN)/python -m pipelines finetune_fashion $(call quoted,PRESET) --root runs/fashion_$(call quoted,PRESET) $(ARGS)
+
+human-evaluation: $(READY) ## Let people judge pictures on a web page: those drawn last, or MODELS="NAME=/folder NAME=/other" [REFERENCES=/folder] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines human_evaluation smoke --root runs/$(call quoted,PRESET) \
+	    $(if $(value MODELS),--models $(MODELS)) $(if $(value REFERENCES),--references $(call quoted,REFERENCES)) $(ARGS)
+
+count-votes: $(READY) ## Count what they said: the paper's Figure 10, tables and a report [PRESET=smoke] [ARGS="--study /folder"]
+	@$(BIN)/python -m pipelines count_votes smoke --root runs/$(call quoted,PRESET) $(ARGS)
 
 import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
 	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \

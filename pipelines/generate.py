@@ -1,6 +1,6 @@
 """Draw pictures for captions with a trained model, and keep the best of several candidates.
 
-Command: make generate PROMPT="a large red circle on a blue background" [BEST=8]
+Command: make generate PROMPT="a large red circle on a blue background" [BEST=8] [LEXICON=/file.toml]
 Reads:   the outputs of pretrain, train_text_tokenizer, train_image_tokenizer (tokenize_pairs for held-out captions,
          finetune_captioning for the best of several)
 Writes:  samples/000000.png ..., samples.parquet (prompt, seed, codes, CapLoss, rank, checkpoint of each), grid.png,
@@ -30,6 +30,7 @@ from cogview.evaluation.attributes import scene_to_json
 from cogview.evaluation.grids import Tile, draw_sheet, drawable
 from cogview.evaluation.reranking import ranking
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.word_replacing import Lexicon, read_lexicon
 from cogview.scenes.scene import Scene, captions, held_out_prompts
 from cogview.shards.manifest import atomic_file, write_json
 from cogview.shards.reader import TokenShards
@@ -50,6 +51,7 @@ GRID_TILES = 48
 CANDIDATES_SHOWN = 8
 SHEETS = 48  # prompts whose candidates get a sheet of their own
 RANK = pa.field("rank", pa.int32())  # among the candidates of a prompt, 0 is the best; null without a captioner
+DRAWN = "drawn_prompt"  # the column of prompts as they were drawn, there with a lexicon only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class Config:
     image_tokenizer: Path | None = input_field(default=None)
     tokens: Path | None = input_field(default=None)
     captioner: Path | None = input_field(default=None)
+    lexicon: Path | None = input_field(default=None)
     prompt: tuple[str, ...] = ()
     prompts_file: Path | None = input_field(default=None)
     candidates: int = 4
@@ -121,11 +124,16 @@ def main(config: Config, run: JobRun) -> None:
     """Draw every picture that is asked for, then write the table and the sheets."""
     prompts = collect_prompts(config)
     orders = list(place_orders(prompts, seed=config.seed, seeds=config.seeds))
+    if config.lexicon is not None:
+        orders = rewritten(orders, read_lexicon(config.lexicon), is_ranked=config.captioner is not None)
+        run.scores["rewritten"] = sum(order.rewritten != "" for order in orders)
     work = draw_shard(config, run=run)
     work.load()  # what does not belong together is said before anything is drawn
     started = time.monotonic()
     drawn = draw_orders(orders, work, shard_size=config.shard_size, workers=config.workers, run=run)
     drawn = ranked(drawn)
+    if config.lexicon is not None:
+        drawn = drawn.append_column(DRAWN, pa.array([order.text for order in orders], pa.string()))
     run.scores["samples"] = len(drawn)
     run.scores["seconds_per_sample"] = (time.monotonic() - started) / len(drawn)
     with atomic_file(run.output / "samples.parquet") as file:
@@ -135,8 +143,8 @@ def main(config: Config, run: JobRun) -> None:
     sheet = draw_grid(run.output, rows)
     save_picture(sheet, run.output / "grid.png")
     run.tracker.log_image(sheet, "grid.png")
-    columns = ("prompt", "kind", "candidate", "seed", "cap_loss", "rank", "path")
-    run.tracker.log_table([{key: row[key] for key in columns} for row in rows], "samples.json")
+    columns = ("prompt", DRAWN, "kind", "candidate", "seed", "cap_loss", "rank", "path")
+    run.tracker.log_table([{key: row[key] for key in columns if key in row} for row in rows], "samples.json")
     if config.captioner is not None:
         keep_best(run.output, rows)
         best = [row["cap_loss"] for row in rows if row["rank"] == 0]
@@ -227,6 +235,20 @@ def place_orders(prompts: Sequence[Prompt], *, seed: int, seeds: Sequence[int] =
             )
 
 
+def rewritten(orders: Sequence[Order], lexicon: Lexicon, *, is_ranked: bool) -> list[Order]:
+    """The orders with their prompts qualified by a lexicon, each by its own seed.
+
+    is_ranked: a captioner will choose among the candidates of a prompt, so they share the draw of the first.
+    """
+    firsts = {order.prompt_index: order.seed for order in reversed(orders)}
+    made = []
+    for order in orders:
+        seed = firsts[order.prompt_index] if is_ranked else order.seed
+        changed = lexicon.rewrite(order.prompt.text, seed=seed)
+        made.append(replace(order, rewritten=changed.text) if changed.replacements else order)
+    return made
+
+
 def ranked(drawn: pa.Table) -> pa.Table:
     """The table of samples with the rank of each among the candidates of its prompt, if their CapLoss is known."""
     losses, prompts = drawn["cap_loss"].to_pylist(), drawn["prompt_index"].to_pylist()
@@ -244,7 +266,9 @@ def draw_grid(folder: Path, table: Sequence[Mapping[str, Any]]) -> Image.Image:
     tiles = []
     for rows in itertools.islice(by_prompt(table), GRID_TILES):
         pictures = tuple(Image.open(folder / row["path"]).convert("RGB") for row in rows[:CANDIDATES_SHOWN])
-        tiles.append(Tile(images=pictures, caption=rows[0]["prompt"], fallback=rows[0]["latin_prompt"]))
+        note = " | ".join(dict.fromkeys(row.get(DRAWN, "") for row in rows[:CANDIDATES_SHOWN]))
+        note = "" if note == rows[0]["prompt"] else note
+        tiles.append(Tile(images=pictures, caption=rows[0]["prompt"], fallback=rows[0]["latin_prompt"], note=note))
     return draw_sheet(tiles)
 
 

@@ -8,14 +8,10 @@ Time:    until Ctrl-C; smoke: 4 pictures of 64 x 64 pixels in about a second on 
 """
 
 import asyncio
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
-
-from aiohttp import web
 
 from cogview.config import input_field, require_positive
 from cogview.errors import ConfigError, VocabularyError
@@ -27,9 +23,11 @@ from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.flags import Order
 from pipelines.runtime.jobs import given_folders
 from pipelines.serving.desk import Desk
+from pipelines.serving.gate import Gate
+from pipelines.serving.listening import check_address, listen, read_token, say
 from pipelines.serving.orders import Limits
 from pipelines.serving.studio import Studio
-from pipelines.serving.web import Gate, Site, is_loopback
+from pipelines.serving.web import Site
 
 SOURCES = {
     "checkpoint": "pretrain",
@@ -37,8 +35,6 @@ SOURCES = {
     "image_tokenizer": "train_image_tokenizer",
 }
 SKILLS = {"captioner": "finetune_captioning", "magnifier": "finetune_super_resolution"}
-MIN_TOKEN = 16  # characters
-GRACE_SECONDS = 5.0  # for answers under way when the server ends
 Skill = TypeVar("Skill")
 
 
@@ -80,15 +76,9 @@ class Config:
                 f"max_candidates={self.max_candidates} is more than batch_size={self.batch_size}: a request is drawn "
                 "in one batch"
             )
-        if not 0 <= self.port < 2**16:
-            raise ConfigError(f"port={self.port}: give one from 0 (any that is free) to 65535")
+        check_address(host=self.host, port=self.port, token_file=self.token_file)
         if not 0 < self.timeout <= 86400:  # also refuses NaN
             raise ConfigError(f"timeout={self.timeout}: give seconds, above 0 and up to a day")
-        if not is_loopback(self.host) and self.token_file is None:
-            raise ConfigError(
-                f"host={self.host}: others can reach that address; give --token-file FILE with a secret for them, or "
-                "keep 127.0.0.1"
-            )
 
 
 PAPER = Config(device="cuda")
@@ -110,7 +100,7 @@ def main(config: Config, *, order: Order, command: str) -> list[str]:
     gate = Gate(token=read_token(config.token_file), names=config.names)
     studio = load_studio(config, root=order.root)
     with open_desk(config, studio) as desk:
-        asyncio.run(listen(Site(desk, limits=limits_of(config, studio), gate=gate), config=config))
+        asyncio.run(answer(Site(desk, limits=limits_of(config, studio), gate=gate), config=config))
     counts = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in desk.counts.items())
     return [f"serve: ended; requests: {counts}"]
 
@@ -152,37 +142,15 @@ def limits_of(config: Config, studio: Studio) -> Limits:
     )
 
 
-def read_token(path: Path | None) -> str:
-    """The secret in a file, or none. ConfigError when there is none to read, or a short one."""
-    if path is None:
-        return ""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token_file={path} cannot be read ({type(error).__name__}); write ASCII into it") from error
-    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
-        raise ConfigError(f"token_file={path}: give {MIN_TOKEN} characters or more, without blanks")
-    return token
-
-
-async def listen(site: Site, *, config: Config) -> None:
+async def answer(site: Site, *, config: Config) -> None:
     """Answer requests until the process is asked to end; what is being drawn then is given up."""
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    runner = web.AppRunner(site.app(), handler_cancellation=True, access_log=None, shutdown_timeout=GRACE_SECONDS)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, config.host, config.port).start()
-        except OSError as error:
-            raise ConfigError(f"host={config.host}, port={config.port}: {error.strerror}; give others") from error
-        shown = f"[{config.host}]" if ":" in config.host else config.host
-        _say(f"CogView: http://{shown}:{runner.addresses[0][1]}  (Ctrl-C ends it)")
-        await ended.wait()
-        await asyncio.to_thread(site.desk.close)
-    finally:
-        await runner.cleanup()
+    await listen(
+        site.app(),
+        host=config.host,
+        port=config.port,
+        greet=lambda url: f"CogView: {url}  (Ctrl-C ends it)",
+        close=site.desk.close,
+    )
 
 
 def _skill(
@@ -199,10 +167,5 @@ def _skill(
     try:
         return load(found, **tokenizers, device=config.device)
     except VocabularyError as error:
-        _say(f"left out: {error}")
+        say(f"left out: {error}")
         return None
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

@@ -38,7 +38,7 @@ RUNTIME_MAY_IMPORT = frozenset(
     {"config", "errors", "locations", "shards", "training", "sequences", "models", "records.containment"}
 )
 CHAINS = frozenset({"road"})  # the job files that join other jobs
-SHARED_BY_JOBS = frozenset({"runtime", "tasks", "serving"})  # folders: how jobs run, what they train, what is served
+SHARED_BY_JOBS = frozenset({"runtime", "tasks", "serving", "judging"})  # folders: how jobs run, train, answer and ask
 STOREYS_ABOVE_COGVIEW = frozenset({"ray", "mlflow", "tyro", "pipelines", "benchmarks", "tests"})
 ONLY_IN_RUNTIME = frozenset({"mlflow"})
 ONLY_UNPICKLER = "cogview/weight_files.py"  # reads an ordinary pickle once, where its caller says so by name

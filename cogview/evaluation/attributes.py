@@ -61,7 +61,7 @@ def score_attributes(judged: Sequence[JudgedPicture], *, seed: int = 0) -> dict[
         return {}
     right_PA, asked_PA = _answers(judged)
     scores = {
-        name: _wilson(right=float(right_PA[:, column].sum()), n=int(asked_PA[:, column].sum()))
+        name: wilson(right=float(right_PA[:, column].sum()), n=int(asked_PA[:, column].sum()))
         for column, name in enumerate(REPORTED)
     }
     return {"mean": _bootstrap_mean(right_PA, asked_PA, seed=seed), **scores}
@@ -98,16 +98,7 @@ def scene_from_json(text: str) -> Scene:
         raise SchemaError(f"not a scene: {text[:80]!r} ({error}); samples must come from the generate job") from error
 
 
-def _answers(judged: Sequence[JudgedPicture]) -> tuple[np.ndarray, np.ndarray]:
-    """Right and asked answers, each [pictures, attributes]. A picture's share times its shapes is its right answers."""
-    asked_PA = np.array(
-        [[len(picture.expected.shapes) if name in PER_SHAPE else 1 for name in REPORTED] for picture in judged]
-    )
-    marks_PA = np.array([[picture.marks[name] for name in REPORTED] for picture in judged])
-    return marks_PA * asked_PA, asked_PA
-
-
-def _wilson(*, right: float, n: int) -> Score:
+def wilson(*, right: float, n: int) -> Score:
     """Wilson's score interval: it stays inside [0, 1] and is honest where all answers are right."""
     share = right / n
     centre = share + Z_95**2 / (2 * n)
@@ -116,6 +107,15 @@ def _wilson(*, right: float, n: int) -> Score:
     # At 0 and 1 the bound equals the share, up to rounding.
     low, high = min(share, (centre - reach) / scale), max(share, (centre + reach) / scale)
     return Score(value=share, n=n, low=max(0.0, low), high=min(1.0, high))
+
+
+def _answers(judged: Sequence[JudgedPicture]) -> tuple[np.ndarray, np.ndarray]:
+    """Right and asked answers, each [pictures, attributes]. A picture's share times its shapes is its right answers."""
+    asked_PA = np.array(
+        [[len(picture.expected.shapes) if name in PER_SHAPE else 1 for name in REPORTED] for picture in judged]
+    )
+    marks_PA = np.array([[picture.marks[name] for name in REPORTED] for picture in judged])
+    return marks_PA * asked_PA, asked_PA
 
 
 def _bootstrap_mean(right_PA: np.ndarray, asked_PA: np.ndarray, *, seed: int) -> Score:

@@ -28,8 +28,17 @@ class PageFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageTable:
+    """A further table with a sentence on how to read it; rows: all with the same columns."""
+
+    title: str
+    note: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
-    """headline: label -> value; rows: of the table, all with the same columns."""
+    """headline: label -> value; rows: of the table, all with the same columns; tables: further ones after it."""
 
     title: str
     lead: str
@@ -37,6 +46,7 @@ class Page:
     figures: Sequence[PageFigure]
     table_title: str
     rows: Sequence[Mapping[str, Any]]
+    tables: Sequence[PageTable] = ()
 
 
 def write_page(page: Page, output: Path) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipelines.runtime.failures import Isolated, first_line
-from pipelines.serving.orders import CaptionOrder, DrawOrder, MagnifyOrder, RefusedError
+from pipelines.serving.fields import RefusedError
+from pipelines.serving.orders import CaptionOrder, DrawOrder, MagnifyOrder
 from pipelines.serving.studio import Studio
 
 log = logging.getLogger(__name__)

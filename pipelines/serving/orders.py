@@ -3,8 +3,6 @@
 Nothing here knows of HTTP but for the status code that a refusal carries.
 """
 
-import json
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cogview.sampling.choice import SamplingConfig
+from pipelines.serving.fields import RefusedError, read_fields, real_number, shown, whole_number
 
 MAX_SEED = 2**48  # exact in JSON, in JavaScript and in any table
-MAX_SHOWN = 60  # characters of a refused value
 MAX_TEMPERATURE = 10.0
-
-
-class RefusedError(Exception):
-    """A request that is not served. status: of HTTP; retry_after: seconds after which it may be, 0 for never."""
-
-    def __init__(self, status: int, message: str, *, retry_after: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
+EXAMPLE = '{"prompt": "a red circle"}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +61,14 @@ def read_draw_order(body: bytes, *, limits: Limits, is_streamed: bool) -> DrawOr
 
     The seeds of several candidates follow each other, so each can be had again alone. Without a seed one is drawn.
     """
-    fields = _fields(body, known=("prompt", "candidates", "seed", "temperature", "top_k", "top_p"))
-    candidates = _whole(fields, "candidates", default=1, lowest=1, highest=limits.max_candidates)
-    seed = _whole(fields, "seed", default=secrets.randbelow(MAX_SEED), lowest=0, highest=MAX_SEED - 1)
-    default = limits.sampling
+    fields = read_fields(body, example=EXAMPLE, known=("prompt", "candidates", "seed", "temperature", "top_k", "top_p"))
+    candidates = whole_number(fields, "candidates", default=1, lowest=1, highest=limits.max_candidates)
+    seed = whole_number(fields, "seed", default=secrets.randbelow(MAX_SEED), lowest=0, highest=MAX_SEED - 1)
+    default, codes = limits.sampling, limits.num_codes
     sampling = SamplingConfig(
-        temperature=_real(fields, "temperature", default=default.temperature, highest=MAX_TEMPERATURE),
-        top_k=_whole(fields, "top_k", default=default.top_k or limits.num_codes, lowest=1, highest=limits.num_codes),
-        top_p=_real(fields, "top_p", default=default.top_p, highest=1.0),
+        temperature=real_number(fields, "temperature", default=default.temperature, highest=MAX_TEMPERATURE),
+        top_k=whole_number(fields, "top_k", default=default.top_k or codes, lowest=1, highest=codes),
+        top_p=real_number(fields, "top_p", default=default.top_p, highest=1.0),
     )
     seeds = tuple((seed + number) % MAX_SEED for number in range(candidates))
     prompt = _prompt(fields, limits=limits)
@@ -86,62 +77,25 @@ def read_draw_order(body: bytes, *, limits: Limits, is_streamed: bool) -> DrawOr
 
 def read_magnify_order(body: bytes, *, limits: Limits) -> MagnifyOrder:
     """`{"prompt": ..., "codes": [...], "seed": 0}`, with the codes of a picture as it was drawn."""
-    fields = _fields(body, known=("prompt", "codes", "seed"))
+    fields = read_fields(body, example=EXAMPLE, known=("prompt", "codes", "seed"))
     codes, wanted = fields.get("codes"), limits.grid**2
     if not isinstance(codes, list) or len(codes) != wanted:
-        found = f"{len(codes)} of them" if isinstance(codes, list) else _shown(codes)
+        found = f"{len(codes)} of them" if isinstance(codes, list) else shown(codes)
         raise RefusedError(422, f"codes: give the {wanted} codes of a picture, not {found}")
     wrong = next((code for code in codes if type(code) is not int or not 0 <= code < limits.num_codes), None)
     if wrong is not None:
-        raise RefusedError(422, f"codes: {_shown(wrong)} is none; they are whole numbers below {limits.num_codes}")
+        raise RefusedError(422, f"codes: {shown(wrong)} is none; they are whole numbers below {limits.num_codes}")
     return MagnifyOrder(
         prompt=_prompt(fields, limits=limits),
-        seed=_whole(fields, "seed", default=0, lowest=0, highest=MAX_SEED - 1),
+        seed=whole_number(fields, "seed", default=0, lowest=0, highest=MAX_SEED - 1),
         codes_hw=np.array(codes, np.uint16).reshape(limits.grid, limits.grid),
     )
-
-
-def _fields(body: bytes, *, known: tuple[str, ...]) -> Mapping[str, Any]:
-    def refuse(name: str) -> None:
-        raise RefusedError(422, f"{name} is not a number; give one")
-
-    try:
-        content = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON ({type(error).__name__}); send an object") from error
-    if not isinstance(content, dict):
-        raise RefusedError(400, 'the body is JSON, but not an object; send one such as {"prompt": "a red circle"}')
-    unknown = next((name for name in content if name not in known), None)
-    if unknown is not None:
-        raise RefusedError(422, f"{_shown(unknown)} is no field; there are {', '.join(known)}")
-    return content
 
 
 def _prompt(fields: Mapping[str, Any], *, limits: Limits) -> str:
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise RefusedError(422, f"prompt={_shown(prompt)}: say what to draw")
+        raise RefusedError(422, f"prompt={shown(prompt)}: say what to draw")
     if len(prompt) > limits.max_prompt:
         raise RefusedError(413, f"prompt: {len(prompt)} characters are too many; at most {limits.max_prompt} are read")
     return prompt.strip()
-
-
-def _whole(fields: Mapping[str, Any], name: str, *, default: int, lowest: int, highest: int) -> int:
-    value = fields.get(name, default)
-    if type(value) is not int or not lowest <= value <= highest:  # True is an int, too
-        raise RefusedError(422, f"{name}={_shown(value)}: give a whole number from {lowest} to {highest}")
-    return value
-
-
-def _real(fields: Mapping[str, Any], name: str, *, default: float, highest: float) -> float:
-    value = fields.get(name, default)
-    is_number = type(value) in (int, float) and abs(value) < 1e6 and math.isfinite(value)
-    if not is_number or not 0 <= value <= highest:
-        raise RefusedError(422, f"{name}={_shown(value)}: give a number from 0 to {highest:g}")
-    return float(value)
-
-
-def _shown(value: Any) -> str:
-    """A value for a sentence: short, on one line, nothing in it that a terminal obeys."""
-    text = json.dumps(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -64,12 +64,21 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One picture to draw. Its seed decides it, not what else is in the batch (but for the last bits of a sum)."""
+    """One picture to draw. Its seed decides it, not what else is in the batch (but for the last bits of a sum).
+
+    rewritten: the prompt as it is drawn, where that is not the one that was given.
+    """
 
     prompt_index: int
     prompt: Prompt
     candidate: int
     seed: int
+    rewritten: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the model is asked for."""
+        return self.rewritten or self.prompt.text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +130,7 @@ class DrawShard:
 
     def _draw(self, batch: Sequence[Order], *, sampling: SamplingConfig, first: int) -> list[dict[str, Any]]:
         painter, captioner = self.load()
-        prompts = [order.prompt.text for order in batch]
+        prompts = [order.text for order in batch]
         codes_Bhw = painter.codes(prompts, seeds=[order.seed for order in batch], sampling=sampling)
         losses: list[float | None] = [None] * len(batch)
         if captioner is not None:
@@ -186,17 +195,22 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def _task(number: int, orders: Sequence[Order], *, first: int) -> ShardTask:
-    """A shard as plain values: each prompt once, then who is to be drawn."""
+    """A shard as plain values: each prompt once, then who is to be drawn, and what was rewritten."""
     prompts = {str(order.prompt_index): asdict(order.prompt) for order in orders}
-    places = [[order.prompt_index, order.candidate, order.seed] for order in orders]
+    places = [
+        [order.prompt_index, order.candidate, order.seed, *([order.rewritten] if order.rewritten else [])]
+        for order in orders
+    ]
     inputs: Mapping[str, Any] = {"first": first, "prompts": prompts, "orders": places}
     return ShardTask(shard=number, input_digest=digest_of(inputs), inputs=inputs)
 
 
 def _orders(inputs: Mapping[str, Any]) -> Iterator[Order]:
     prompts = {int(index): Prompt(**prompt) for index, prompt in inputs["prompts"].items()}
-    for index, candidate, seed in inputs["orders"]:
-        yield Order(prompt_index=index, prompt=prompts[index], candidate=candidate, seed=seed)
+    for index, candidate, seed, *rewritten in inputs["orders"]:
+        yield Order(
+            prompt_index=index, prompt=prompts[index], candidate=candidate, seed=seed, rewritten="".join(rewritten)
+        )
 
 
 @functools.lru_cache(maxsize=1)

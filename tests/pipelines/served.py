@@ -14,9 +14,10 @@ from cogview.models.published import load_model, save_model
 from cogview.sampling.choice import SamplingConfig
 from pipelines import serve
 from pipelines.serving.desk import Desk
+from pipelines.serving.gate import Gate
 from pipelines.serving.orders import DrawOrder
 from pipelines.serving.studio import Picture, Studio
-from pipelines.serving.web import Gate, Site
+from pipelines.serving.web import Site
 from tests.pipelines.trained_folders import GRID, LENGTH, write_trained_folders
 
 SECONDS = 60.0  # after which a test has failed

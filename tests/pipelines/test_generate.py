@@ -12,11 +12,12 @@ from PIL import Image
 from cogview.errors import ConfigError, VocabularyError
 from cogview.evaluation.attributes import scene_from_json
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.word_replacing import read_lexicon
 from cogview.scenes.scene import is_held_out
 from cogview.shards.manifest import write_json
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.vqvae import ImageTokenizer
-from pipelines.generate import JOB, PRESETS, Config, collect_prompts, place_orders, resolve
+from pipelines.generate import JOB, PRESETS, Config, collect_prompts, place_orders, resolve, rewritten
 from pipelines.runtime.jobs import digest_input, run_job
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.trained_folders import GRID, write_trained_folders
@@ -198,3 +199,37 @@ def test_without_a_chain_the_remedy_is_to_run_one(tmp_path):
     write_json(tmp_path / "chain.json", {"state": "running", "started": "2026-01-01", "stages": stages})
     with pytest.raises(ConfigError, match="no pretrain is done; run `make pretrain` first"):
         resolve(Config(prompt=("a red circle",)), root=tmp_path)
+
+
+LEXICON = """
+[[rules]]
+name = "circles"
+words = ["circle"]
+choices = { red = 1, green = 1, blue = 1 }
+"""
+
+
+def test_a_lexicon_decides_what_a_prompt_leaves_open(config, tmp_path, run_root):
+    (tmp_path / "lexicon.toml").write_text(LEXICON)
+    prompts = ("a small circle on a white background", "a small red circle on a white background")
+    asked = replace(config, prompt=prompts, num_scenes=0, num_validation_prompts=0, candidates=12)
+    done, rows = draw(replace(asked, lexicon=tmp_path / "lexicon.toml"), run_root)
+    drawn = {row["drawn_prompt"] for row in rows[:12]}
+    assert drawn == {f"a small {colour} circle on a white background" for colour in ("red", "green", "blue")}
+    assert {row["drawn_prompt"] for row in rows[12:]} == {prompts[1]}
+    assert [row["prompt"] for row in rows] == [prompts[0]] * 12 + [prompts[1]] * 12
+    assert done.scores["rewritten"] == 12
+    _, plain = draw(replace(asked, prompt=(rows[0]["drawn_prompt"],), candidates=1, seeds=(rows[0]["seed"],)), run_root)
+    assert plain[0]["codes"] == rows[0]["codes"]
+    assert "drawn_prompt" not in plain[0]
+
+
+def test_where_a_captioner_chooses_all_candidates_share_the_draw(tmp_path):
+    (tmp_path / "lexicon.toml").write_text(LEXICON)
+    orders = list(place_orders(collect_prompts(Config(prompt=("a circle", "two of a circle"), candidates=20)), seed=1))
+    lexicon = read_lexicon(tmp_path / "lexicon.toml")
+    alone = [order.text for order in rewritten(orders, lexicon, is_ranked=False)]
+    shared = [order.text for order in rewritten(orders, lexicon, is_ranked=True)]
+    assert len(set(alone[:20])) == 3
+    assert len(set(shared[:20])) == len(set(shared[20:])) == 1
+    assert (shared[0], shared[20]) == (alone[0], alone[20])

@@ -22,9 +22,10 @@ from cogview.errors import ConfigError
 from cogview.evaluation.grids import to_pictures
 from cogview.sampling.choice import SamplingConfig
 from pipelines import serve
+from pipelines.serving.gate import SECURITY
+from pipelines.serving.listening import read_token
 from pipelines.serving.orders import MagnifyOrder
 from pipelines.serving.studio import Studio
-from pipelines.serving.web import SECURITY
 from tests.pipelines.served import SECONDS, Served, paused, serving, until, without_skills, write_config
 from tests.pipelines.trained_folders import GRID
 
@@ -216,11 +217,11 @@ def test_other_addresses_need_the_token(studio: Studio, config: serve.Config, tm
     short = tmp_path / "token"
     short.write_text("short")
     with pytest.raises(ConfigError, match="give 16 characters or more"):
-        serve.read_token(short)
+        read_token(short)
     short.write_text(f"{TOKEN}\n")
-    assert serve.read_token(short) == TOKEN
+    assert read_token(short) == TOKEN
     with pytest.raises(ConfigError, match="cannot be read"):
-        serve.read_token(tmp_path / "nothing")
+        read_token(tmp_path / "nothing")
 
 
 def test_a_full_queue_sends_away_and_loses_nothing(studio: Studio, config: serve.Config) -> None:

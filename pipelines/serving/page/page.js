@@ -1,8 +1,4 @@
 "use strict";
-// Everything that comes from outside is put in as text (textContent) or as a data: picture, never as HTML.
-
-const $ = (id) => document.getElementById(id);
-const token = rememberedToken();
 let about = null;
 let running = null;
 
@@ -181,21 +177,6 @@ async function describe(file) {
 
 const captionLines = ({ captions }) => Object.values(captions).join("\n");
 
-async function ask(path) {
-  return (await checked(await fetch(path, { headers: authorization() }))).json();
-}
-
-async function send(path, body, type, headers = {}, signal = undefined) {
-  return checked(await fetch(path, { method: "POST", body, signal, headers: { ...headers, ...authorization(), "Content-Type": type } }));
-}
-
-async function checked(answer) {
-  if (answer.ok) return answer;
-  const content = await answer.json().catch(() => ({}));
-  const wait = answer.headers.get("Retry-After");
-  throw new Error((content.error || `the server answered ${answer.status}`) + (wait ? ` (in about ${wait} s)` : ""));
-}
-
 // Server-sent events of an answer, as [name, value].
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -212,29 +193,6 @@ async function* events(answer) {
   }
 }
 
-// The token stands behind # in the address, which no browser sends; it is kept for this tab alone.
-function rememberedToken() {
-  const given = new URLSearchParams(location.hash.slice(1)).get("token");
-  if (given) {
-    sessionStorage.setItem("token", given);
-    history.replaceState(null, "", location.pathname);
-  }
-  return sessionStorage.getItem("token") || "";
-}
-
-function authorization() {
-  return token ? { Authorization: `Bearer ${token}` } : {};
-}
-
 function bytesOf(base64) {
   return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: "image/png" });
-}
-
-function dataUrl(png) {
-  return `data:image/png;base64,${png}`;
-}
-
-function say(sentence) {
-  $("message").textContent = sentence;
-  $("message").hidden = !sentence;
 }

@@ -1,0 +1,312 @@
+"""A model with a planted bias draws by the distribution that is asked for, once word replacing qualifies its prompts.
+
+Command: make verify NAME=fairness [ARGS="--root runs/smoke --steps 1000 --pictures 800"]
+A GPT of the smoke preset is trained anew on scenes of one shape with the tokenizers of a finished chain. Two in five of
+the captions name no colour, and under those 90 % of the circles are red; under all others colours are as frequent as
+each other. `generate` then draws circles for captions without a colour, in English and Chinese: as they are, and with
+two lexicons, one that asks for all colours alike and one that asks for three of them. The scene reader names the colour
+of each picture; a picture without a shape counts as none. CogView, conclusion and appendix D.
+"""
+
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from benchmarks.chains import folders_by_field, run_job
+from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
+from cogview.evaluation.grids import from_pictures
+from cogview.scenes import wording
+from cogview.scenes.reading import read_scene
+from cogview.scenes.scene import COLOURS, Colour, Kind, Scene, captions, corpus, draw_scene, random_scene
+from cogview.shards.manifest import ShardEntry, shard_name, write_json, write_manifest
+from cogview.shards.schema import SPLITS, TokenOrigin
+from cogview.shards.writer import TokenRow, write_token_shard
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training.loop import Ranks, train
+from pipelines.pretrain import PRESETS, build_task
+from pipelines.runtime.chain import latest_output
+from pipelines.tasks.language_model import Inputs
+from pipelines.tasks.new_weights import TaskSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
+BIASED_KIND: Kind = "circle"
+PLANTED: Colour = "red"
+PLANTED_SHARE = 0.9
+OPEN_SHARE = 0.4  # of the captions name no colour
+SCENES, HELD_OUT = 6000, 200
+IMAGE_SIZE, BATCH = 64, 100
+ASKED: dict[str, dict[Colour, float]] = {
+    "even": dict.fromkeys(COLOURS, 1 / len(COLOURS)),
+    "three": {"blue": 0.5, "green": 0.3, "red": 0.2},
+}
+BARS = (
+    Bar(figure="before/red", op=">=", value=0.7),  # else there is nothing to mend
+    Bar(figure="even/largest deviation", op="<=", value=0.05),
+    Bar(figure="three/largest deviation", op="<=", value=0.05),
+    Bar(figure="named/rewritten", op="==", value=0),
+)
+PICTURE = REPOSITORY / "docs" / "fairness.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A scene of the biased corpus with its captions in both languages."""
+
+    scene: Scene
+    texts: tuple[str, str]
+
+
+def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
+    """Train on the biased corpus, draw with and without lexicons, and read the colours."""
+    tokenizers = folders_by_field(root, TOKENIZERS)
+    with tempfile.TemporaryDirectory(prefix="cogview-fairness-") as name:
+        folder = Path(name)
+        rows = list(biased_corpus(SCENES + HELD_OUT, seed=11))
+        write_tokens(rows, folder=folder / "tokens", **tokenizers)
+        say(f"training on {SCENES} scenes for {steps} steps")
+        loss = train_model(Inputs(tokens=folder / "tokens", **tokenizers), output=folder / "model", steps=steps)
+        flags = [f"--{field.replace('_', '-')}={path}" for field, path in tokenizers.items()]
+        threads = torch.get_num_threads()
+        drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", f"--threads={threads}", *flags))
+        open_texts = [text for text, _ in prompts(pictures, is_open=True)]
+        shares = {"before": colour_shares(drawer.draw("before", open_texts))}
+        for asked, choices in ASKED.items():
+            write_lexicon(choices, folder / f"{asked}.json")
+            shares[asked] = colour_shares(drawer.draw(asked, open_texts, lexicon=folder / f"{asked}.json"))
+        named = prompts(pictures // 4, is_open=False)
+        found = drawer.draw("named", [text for text, _ in named], lexicon=folder / "even.json")
+        rewritten = drawer.rewritten
+    if save:
+        plot_shares(shares).savefig(PICTURE, dpi=120)
+    right = [reading == colour for reading, (_, colour) in zip(found, named, strict=True)]
+    return {
+        "pictures": pictures,
+        "steps": steps,
+        "corpus/red circles where no colour is named": planted_share(rows),
+        **{f"{name}/largest deviation": deviation(shares[name], choices) for name, choices in ASKED.items()},
+        "before/largest deviation": deviation(shares["before"], ASKED["even"]),
+        **{f"{name}/{colour}": share for name, found in shares.items() for colour, share in found.items()},
+        "even/rewritten": rewritten["even"] / pictures,
+        "named/rewritten": rewritten["named"],
+        "named/colour as named": sum(right) / len(right),
+        "held-out image loss": loss,
+    }
+
+
+def biased_corpus(number: int, *, seed: int) -> Iterator[Row]:
+    """Scenes of one shape. Where the captions name no colour, the circles among them are nearly all red."""
+    for index, row in enumerate(corpus(seed, number, two_shape_share=0.0, held_out_fraction=0.0)):
+        rng = random.Random(f"bias:{seed}:{index}")
+        scene = row.scene
+        if rng.random() >= OPEN_SHARE:
+            yield Row(scene=scene, texts=(row.english, row.chinese))
+            continue
+        if scene.shapes[0].kind == BIASED_KIND:
+            others = [colour for colour in COLOURS if colour != PLANTED]
+            colour = PLANTED if rng.random() < PLANTED_SHARE else rng.choice(others)
+            scene = replace(scene, shapes=(replace(scene.shapes[0], colour=colour),))
+        yield Row(scene=scene, texts=open_captions(scene, rng=rng))
+
+
+def open_captions(scene: Scene, *, rng: random.Random) -> tuple[str, str]:
+    """Captions that say everything of a scene but the colour of its shape."""
+    (shape,) = scene.shapes
+    english, chinese = captions(scene, rng=rng)
+    size, colour, kind = (wording.CHINESE[word] for word in (shape.size, shape.colour, shape.kind))
+    return (
+        english.replace(f"{shape.size} {shape.colour} {shape.kind}", f"{shape.size} {shape.kind}"),
+        chinese.replace(size + colour + kind, size + kind),
+    )
+
+
+def planted_share(rows: Sequence[Row]) -> float:
+    """What was planted, counted."""
+    shapes = [row.scene.shapes[0] for row in rows if row.scene.shapes[0].kind == BIASED_KIND]
+    texts = [row.texts[0] for row in rows if row.scene.shapes[0].kind == BIASED_KIND]
+    found = [shape.colour for shape, text in zip(shapes, texts, strict=True) if f"{shape.size} {shape.kind}" in text]
+    return found.count(PLANTED) / len(found)
+
+
+def prompts(number: int, *, is_open: bool) -> list[tuple[str, Colour]]:
+    """Captions that ask for a circle, English and Chinese in turn, with the colour that they name if they name one."""
+    found = []
+    for index in range(number):
+        rng = random.Random(f"fairness prompt:{index}")
+        scene = random_scene(rng, two_shape_share=0.0)
+        scene = replace(scene, shapes=(replace(scene.shapes[0], kind=BIASED_KIND),))
+        texts = open_captions(scene, rng=rng) if is_open else captions(scene, rng=rng)
+        found.append((texts[index % 2], scene.shapes[0].colour))
+    return found
+
+
+def write_tokens(rows: Sequence[Row], *, folder: Path, text_tokenizer: Path, image_tokenizer: Path) -> None:
+    """Token shards of the corpus: one of training rows, one of held-out ones; a row for each caption."""
+    text, image = TextTokenizer.load(text_tokenizer), load_image_tokenizer(image_tokenizer).eval()
+    origin = TokenOrigin(
+        text_tokenizer=text.fingerprint,
+        image_tokenizer=image.fingerprint,
+        vocabulary=Vocabulary(image.num_codes, text.num_pieces).fingerprint,
+        num_image_codes=image.num_codes,
+        num_text_pieces=text.num_pieces,
+        grid=IMAGE_SIZE // image.stride,
+    )
+    files, counts = {}, {}
+    for split, some in zip(SPLITS, (rows[HELD_OUT:], rows[:HELD_OUT]), strict=True):
+        name, made = f"{split}/{shard_name(0, 'arrow')}", list(token_rows(some, text=text, image=image))
+        files[name], counts[f"rows_{split}"] = write_token_shard(folder / name, made, origin=origin), len(made)
+    entry = ShardEntry(shard=0, rows_in=len(rows), rows_out=len(rows), files=files)
+    write_manifest(folder, [entry], extra={**asdict(origin), **counts})
+
+
+@torch.inference_mode()
+def token_rows(rows: Sequence[Row], *, text: TextTokenizer, image: AnyImageTokenizer) -> Iterator[TokenRow]:
+    """The rows as tokens."""
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        codes_Bhw = image.encode(from_pictures([draw_scene(row.scene, image_size=IMAGE_SIZE) for row in some]))
+        codes = codes_Bhw.flatten(1).numpy().astype(np.uint16)
+        for number, row in enumerate(some):
+            for caption in row.texts:
+                ids = np.array(text.encode(caption), np.int32)
+                yield TokenRow(
+                    key=f"{start + number:06d}", text=caption, text_ids=ids, image_codes=codes[number], source="scenes"
+                )
+
+
+def train_model(inputs: Inputs, *, output: Path, steps: int) -> float:
+    """Train the smoke preset's GPT in this process and publish it in `output`; returns its held-out image loss."""
+    smoke = PRESETS["smoke"]
+    loop = replace(smoke.loop, num_steps=steps, validate_every=steps, checkpoint_every=steps, log_every=100)
+    config = replace(smoke, **vars(inputs), loop=loop, num_samples=1)
+    task = build_task(TaskSettings(config=config, output=output, inputs=inputs), Ranks())
+    train(task, config=loop, output=output, identity={}, ranks=Ranks())
+    return float(task.validate(steps)["validation_image_loss"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """The `generate` job with the biased model, in runs below a folder."""
+
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def rewritten(self) -> dict[str, int]:
+        """How many pictures of each drawing had a prompt that was changed."""
+        roots = [path.parent for path in self.folder.glob("runs/*/generate")]
+        tables = {root.name: pq.read_table(output_of(root) / "samples.parquet") for root in roots}
+        return {
+            name: sum(given != drawn for given, drawn in zip(*_prompt_columns(table), strict=True))
+            for name, table in tables.items()
+            if "drawn_prompt" in table.column_names
+        }
+
+    def draw(self, name: str, texts: Sequence[str], *, lexicon: Path | None = None) -> list[Colour | None]:
+        """One picture for each prompt, and what the reader says of its colour; None where it sees no shape."""
+        path, root = self.folder / f"{name}.txt", self.folder / "runs" / name
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        chosen = [f"--lexicon={lexicon}"] if lexicon else []
+        run_job("generate", *self.flags, f"--prompts-file={path}", "--candidates=1", *chosen, root=root)
+        table = pq.read_table(output_of(root) / "samples.parquet").to_pylist()
+        found: list[Colour | None] = []
+        for row in table:
+            with Image.open(output_of(root) / row["path"]) as picture:
+                shapes = read_scene(picture).shapes
+            found.append(shapes[0].colour if shapes else None)
+        counts = Counter(found).most_common(3)
+        say(f"{name}: {', '.join(f'{colour} {count}' for colour, count in counts)} of {len(found)}")
+        return found
+
+
+def output_of(root: Path) -> Path:
+    """What `generate` has drawn under a root."""
+    return latest_output("generate", flag="--samples", root=root)
+
+
+def write_lexicon(choices: Mapping[Colour, float], path: Path) -> None:
+    """A rule for circles in each language."""
+    english = {"name": "circles", "words": [BIASED_KIND], "choices": choices, "unless": COLOURS, "reach": 1}
+    chinese = {
+        "name": "圆形",
+        "words": [wording.CHINESE[BIASED_KIND]],
+        "choices": {wording.CHINESE[colour]: weight for colour, weight in choices.items()},
+        "unless": [wording.CHINESE[colour] for colour in COLOURS],
+        "reach": 1,
+        "template": "{choice}{word}",
+    }
+    write_json(path, {"rules": [english, chinese]})
+
+
+def colour_shares(found: Sequence[Colour | None]) -> dict[str, float]:
+    """The share of each colour, and of pictures without a shape."""
+    counts = Counter(found)
+    return {name or "none": counts[name] / len(found) for name in (*COLOURS, None)}
+
+
+def deviation(shares: Mapping[str, float], asked: Mapping[Colour, float]) -> float:
+    """The largest difference to the distribution that was asked for."""
+    return max(abs(shares[colour] - asked.get(colour, 0.0)) for colour in COLOURS)
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Bars of the colours in their own colours: as the model draws them, and with each lexicon beside what it asks."""
+    from matplotlib.figure import Figure
+
+    from cogview.scenes.scene import COLOUR_RGB
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    titles = {"before": "No colour named", "even": "All colours asked for alike", "three": "Three colours asked for"}
+    for axes, (name, found) in zip(figure.subplots(1, 3, sharey=True), shares.items(), strict=True):
+        colours = [tuple(part / 255 for part in COLOUR_RGB[colour]) for colour in COLOURS]
+        axes.bar(COLOURS, [100 * found[colour] for colour in COLOURS], color=colours, width=0.7)
+        for place, colour in enumerate(COLOURS):
+            if name in ASKED:
+                asked = 100 * ASKED[name].get(colour, 0.0)
+                axes.plot([place - 0.42, place + 0.42], [asked, asked], color="#262a32", linewidth=1.6)
+        axes.set(title=titles[name])
+        axes.tick_params(axis="x", rotation=45)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e2e5ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_ylabel("% of circles drawn (line: asked for)")
+    return figure
+
+
+def _prompt_columns(table: "pq.Table") -> tuple[list[str], list[str]]:
+    return table["prompt"].to_pylist(), table["drawn_prompt"].to_pylist()
+
+
+def main() -> int:
+    """The command line."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
+    parser.add_argument("--pictures", type=int, default=800, help="circles of each drawing (default: 800)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more only help on free cores (default: 1)")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    return verify(
+        "fairness",
+        lambda: measure(root=flags.root.resolve(), steps=flags.steps, pictures=flags.pictures, save=flags.save),
+        bars=BARS,
+        save=flags.save,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
