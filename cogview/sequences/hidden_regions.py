@@ -54,23 +54,25 @@ def hidden_box(grid: int, *, shares: tuple[float, float], generator: np.random.G
 def hidden_spans(length: int, *, mean: float, share: float, generator: np.random.Generator) -> Hidden:
     """Spans of a text, bool [L]: lengths from a Poisson distribution (1 at least), up to `share` of the tokens.
 
-    Each is led by one hidden token more, which is never predicted, as the first code of a hidden row is not; so no two
-    spans touch, and a text that is too short for one keeps all its tokens.
+    Each is led by one hidden token more, which is never predicted, as the first code of a hidden row is not. A text of
+    two tokens or more has one predicted token at least, which the release does not promise to short ones.
     """
     hidden_L = np.zeros(length, dtype=bool)
+    budget = max(1, int(share * length)) if length > 1 else 0
     lengths: list[int] = []
-    while True:
-        span = max(1, int(generator.poisson(mean)))
-        if sum(lengths) + span > share * length:
+    while sum(lengths) < budget:
+        span = min(max(1, int(generator.poisson(mean))), budget if not lengths else length)
+        needed = sum(lengths) + span + 2 * len(lengths) + 1  # a leader for each, and a token between them
+        if sum(lengths) + span > budget or needed > length:
             break
         lengths.append(span)
-    room = length - sum(lengths)
-    starts = sorted(generator.choice(room, size=len(lengths), replace=False).tolist()) if lengths else []
+    room = length - sum(lengths) - len(lengths) + 1
+    starts = sorted(generator.choice(room, size=len(lengths), replace=False).tolist())
     before = 0
     for start, span in zip(starts, lengths, strict=True):
         first = start + before
         hidden_L[first : first + span + 1] = True
-        before += span
+        before += span + 1
     return hidden_L
 
 
