@@ -225,7 +225,7 @@ def test_a_picture_alone_and_a_text_alone_are_rows_too() -> None:
     text = MAKER.row([ENGLISH * 2], None, generator=generator)
     assert (text.labels != NO_LABEL).any()
     hidden = text.stages > 0
-    assert [end - first >= 2 for first, end in runs(hidden)]
+    assert all(end - first >= 2 for first, end in runs(hidden))
     with pytest.raises(SchemaError, match="nothing to learn"):
         MAKER.row([[]], None, generator=generator)
 
