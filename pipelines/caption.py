@@ -62,7 +62,8 @@ class Config:
     """Folders that are not given are those that ran last under the root.
 
     images: a picture, a folder of pictures (searched through), or the output of generate; captioner: the output of
-    finetune_captioning or pretrain_coglm, or an imported captioner, with the text_tokenizer and image_tokenizer that it was trained with.
+    finetune_captioning or pretrain_coglm, or an imported captioner, with the text_tokenizer and image_tokenizer that it
+    was trained with.
     language: of the captions: "en" allows no Chinese character, "zh" no Latin letter, "any" everything; several give a
     caption in each. method: "greedy" takes the likeliest token, "sampled" draws by `sampling`, "beam" searches by
     `beams`. captions: of each picture in each language; greedy has one.
