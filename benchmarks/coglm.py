@@ -1,9 +1,9 @@
 """One set of weights that draws, names and completes: CogLM on scenes with combinations that it never saw.
 
 Command: make verify NAME=coglm [ARGS="--scenes 400 --root runs/coglm_smoke"]; unknown flags go to pretrain_coglm
-A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages, and
-writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it is
-given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what is
+A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages,
+and writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it
+is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what is
 visible cannot tell the answer, so what is drawn into the box must come from the text.
 """
 
@@ -87,7 +87,9 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
     filled = fill(coglm, holes(coglm, scenes, seed=seed + 2))
     both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
     figures |= {"completion/colour and shape right": sum(both) / len(both)}
-    figures |= {f"completion/{name}": sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")}
+    figures |= {
+        f"completion/{name}": sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")
+    }
     say(f"completion: {figures['completion/colour and shape right']:.1%} right in colour and shape")
     return figures
 
@@ -160,9 +162,7 @@ def box_around(centre: tuple[float, float], *, reach: float, grid: int) -> Tenso
     """bool [grid, grid], True for the codes that a shape touches, and those beside them, which saw it."""
     code = SIDE / grid
     hidden_GG = torch.zeros(grid, grid, dtype=torch.bool)
-    columns, rows = (
-        slice(max(0, math.floor((at - reach) / code)), math.ceil((at + reach) / code)) for at in centre
-    )
+    columns, rows = (slice(max(0, math.floor((at - reach) / code)), math.ceil((at + reach) / code)) for at in centre)
     hidden_GG[rows, columns] = True
     return hidden_GG
 

@@ -1,11 +1,12 @@
 """What cluster sampling and attention upweighting do to CogLM's pictures: with and without each, on the same weights.
 
 Command: make verify NAME=coglm_ablation [ARGS="--scenes 200 --root runs/coglm_smoke --emoji runs/coglm_emoji"]
-A CogLM of the smoke preset (trained now, or found finished) draws held-out scenes with single codes or by clusters, with or
-without weight on the text, once as boldly as the release does and once as surely as the smoke preset. The scene reader
-says what is right; CapLoss, by the same weights, says how well the caption can be read off the picture. The root of a
-finished chain with a CogLM on emoji can be given as well: there is no reader for those, so CapLoss stands alone. The
-table goes to MLflow, into the experiment cogview/coglm_ablation. It has no bar: at this size either may come out ahead.
+A CogLM of the smoke preset (trained now, or found finished) draws held-out scenes with single codes or by clusters,
+with or without weight on the text, once as boldly as the release does and once as surely as the smoke preset. The scene
+reader says what is right; CapLoss, by the same weights, says how well the caption can be read off the picture. The root
+of a finished chain with a CogLM on emoji can be given as well: there is no reader for those, so CapLoss stands alone.
+The table goes to MLflow, into the experiment cogview/coglm_ablation. It has no bar: at this size either may come out
+ahead.
 """
 
 import sys

@@ -58,8 +58,8 @@ class Config:
     """Folders that are not given are those that ran last under the root.
 
     clusters: the output of cluster_codes, or a `cluster_label.npy`, for `sampling.clusters`. prompt: captions;
-    prompts_file: a text file with a caption on every line. style: words behind each caption, and how boldly it is drawn.
-    candidates: pictures of each prompt. seed: of the run; each picture gets a seed of its own from it.
+    prompts_file: a text file with a caption on every line. style: words behind each caption, and how boldly it is
+    drawn. candidates: pictures of each prompt. seed: of the run; each picture gets a seed of its own from it.
     """
 
     checkpoint: Path | None = input_field(default=None)
@@ -108,7 +108,9 @@ def main(config: Config, run: JobRun) -> None:
     rows: list[dict[str, Any]] = []
     orders = [(place, candidate) for place in range(len(prompts)) for candidate in range(config.candidates)]
     for start in range(0, len(orders), config.batch_size):
-        rows += draw(orders[start : start + config.batch_size], prompts, coglm=coglm, config=config, run=run, first=start)
+        rows += draw(
+            orders[start : start + config.batch_size], prompts, coglm=coglm, config=config, run=run, first=start
+        )
         run.progress(len(rows), len(orders), "pictures")
     rank_candidates(rows, num_prompts=len(prompts))
     for row in rows:
@@ -160,7 +162,9 @@ def collect_prompts(config: Config) -> list[str]:
         except UnicodeDecodeError as error:
             raise ConfigError(f"prompts_file={config.prompts_file} is not UTF-8 text ({error.reason})") from error
     if not given or any(not text.strip() for text in given):
-        raise ConfigError(f"prompt={given}: give captions with --prompt or --prompts-file; an empty one asks for nothing")
+        raise ConfigError(
+            f"prompt={given}: give captions with --prompt or --prompts-file; an empty one asks for nothing"
+        )
     return [text.strip() for text in given]
 
 

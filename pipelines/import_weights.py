@@ -173,9 +173,7 @@ def import_gpt(
     run.scores["model_parallel_ranks"] = len(released.files)
 
 
-def cogview_settings(
-    model: GPTConfig, *, text: TextTokenizer, image: ImportedTokenizer, grid: int
-) -> dict[str, Any]:
+def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: ImportedTokenizer, grid: int) -> dict[str, Any]:
     """What `generate` needs to know of a CogView. ConfigError where the grid does not fit."""
     vocabulary = require_vocabulary(model, num_codes=image.num_codes, num_pieces=text.num_pieces)
     LAYOUT.text_budget(length=model.max_positions, num_image_tokens=grid**2)  # raises if the grid does not fit

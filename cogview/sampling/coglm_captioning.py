@@ -1,10 +1,10 @@
-"""CogLM as a captioner: `codes <start_of_english>` or `codes <start_of_chinese>`, then the text (CogView2, section 3.2).
+"""CogLM as a captioner: `codes <start_of_english>` or `codes <start_of_chinese>`, then the text (CogView2).
 
 It has what `caption_search` and CapLoss ask of a captioner, so the weights that draw pictures also write captions, and
 order their own pictures by how well the caption can be read off them: inverse prompting, CogView2's post-selection.
 """
 
-# B images, R rows (images x beams), P different images, N codes, L sequence, K choices: the pieces and the end, E hidden
+# B images, R rows (images x beams), P different images, N codes, L sequence, K choices: pieces and the end, E hidden
 
 from collections.abc import Sequence
 from dataclasses import dataclass

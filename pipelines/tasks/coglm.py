@@ -1,7 +1,7 @@
 """CogLM as a training task: token rows as batches of its kinds, held-out losses, pictures, published weights.
 
-In: the output folders of tokenize_pairs, of a bilingual text tokenizer and of an image tokenizer, and a GPT. Out: a task
-for the training loop (CogView2, section 3.2). What kind of row a pair becomes, and what is hidden of it, is drawn from
+In: the output folders of tokenize_pairs, of a bilingual text tokenizer and of an image tokenizer, and a GPT. Out: a
+task for the training loop (CogView2). What kind of row a pair becomes, and what is hidden of it, is drawn from
 the seed, the step and the row's number alone, so it is the same on any number of workers and after a resume.
 """
 

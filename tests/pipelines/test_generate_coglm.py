@@ -93,7 +93,10 @@ def test_a_style_adds_its_words_for_the_model_and_not_for_the_judge(
     config: generate_coglm.Config, runs_folder: Path
 ) -> None:
     done = run_job(
-        generate_coglm.JOB, replace(config, style="oil", candidates=1), root=runs_folder / "style", display=QuietDisplay()
+        generate_coglm.JOB,
+        replace(config, style="oil", candidates=1),
+        root=runs_folder / "style",
+        display=QuietDisplay(),
     )
     rows = pq.read_table(done.output / "samples.parquet").to_pylist()
     assert {row["style"] for row in rows} == {"oil"}

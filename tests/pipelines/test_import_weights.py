@@ -188,14 +188,18 @@ def test_a_coglm_in_sats_naming_draws_as_it_did(tmp_path: Path) -> None:
     bilingual = TextTokenizerConfig(num_pieces=200, exact=False, is_bilingual=True)
     text = train_text_tokenizer(captions, config=bilingual, output=tmp_path / "text")
     torch.manual_seed(0)
-    image = ImageTokenizer(VQVAEConfig(widths=(8, 8, 8), codebook=CodebookConfig(num_codes=NUM_CODES, code_dim=8))).eval()
+    image = ImageTokenizer(
+        VQVAEConfig(widths=(8, 8, 8), codebook=CodebookConfig(num_codes=NUM_CODES, code_dim=8))
+    ).eval()
     image.save(tmp_path / "image")
     vocabulary = BilingualVocabulary(num_image_codes=NUM_CODES, text=text.ranges)
     shape = GPTConfig(vocab_size=vocabulary.size, max_positions=1024, num_layers=2, hidden_size=128, num_heads=2)
     gpt = GPT(shape).eval()
     with torch.no_grad():
         gpt.word_embeddings.weight.mul_(6)
-    state = {f"transformer.{name}" if name == "word_embeddings.weight" else name: x for name, x in gpt.state_dict().items()}
+    state = {
+        f"transformer.{name}" if name == "word_embeddings.weight" else name: x for name, x in gpt.state_dict().items()
+    }
     state["mixins.extra_position_embedding.position_embeddings.weight"] = torch.ones(9, 128)
     (tmp_path / "coglm" / "300000").mkdir(parents=True)
     torch.save({"module": state}, tmp_path / "coglm" / "300000" / "mp_rank_00_model_states.pt")

@@ -93,13 +93,13 @@ def test_a_resumed_run_is_the_run_to_the_bit(config: pretrain_coglm.Config, alon
     (tmp_path / "resumed" / "model.safetensors").unlink()
     work(config, tmp_path / "resumed", Ranks())
     assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
-    losses = [{step: line["loss"] for step, line in metrics(folder).items()} for folder in (alone, tmp_path / "resumed")]
+    losses = [
+        {step: line["loss"] for step, line in metrics(folder).items()} for folder in (alone, tmp_path / "resumed")
+    ]
     assert losses[0] == losses[1]
 
 
-def test_what_is_published_draws_and_knows_its_tokenizers(
-    alone: Path, folders: TrainedFolders, tmp_path: Path
-) -> None:
+def test_what_is_published_draws_and_knows_its_tokenizers(alone: Path, folders: TrainedFolders, tmp_path: Path) -> None:
     tokenizers = {"text_tokenizer": folders.text_tokenizer, "image_tokenizer": folders.image_tokenizer}
     coglm = CogLM.load(alone, **tokenizers)
     codes = coglm.draw(["a red circle"], seeds=[1], sampling=CogLMSampling(clusters=None, tokens=SamplingConfig()))
