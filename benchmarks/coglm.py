@@ -3,8 +3,8 @@
 Command: make verify NAME=coglm [ARGS="--scenes 400 --root runs/coglm_smoke"]; unknown flags go to pretrain_coglm
 A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages,
 and writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it
-is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what is
-visible cannot tell the answer, so what is drawn into the box must come from the text.
+is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what
+is visible cannot tell the answer, so what is drawn into the box must come from the text.
 """
 
 import math

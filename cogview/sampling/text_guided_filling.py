@@ -2,9 +2,9 @@
 
 In: texts, grids of codes and masks of what is hidden, one of each for every row. Out: the grids with hidden codes
 drawn, row by row of the picture; visible codes are never changed. The text is read first, each of its tokens seeing all
-of them; then, if anything is visible, the token that begins the image and the visible codes, which see the text and each
-other; then the hidden codes one by one, each run of them led by a copy of the code before it. With everything hidden
-that is CogLM's text to image.
+of them; then, if anything is visible, the token that begins the image and the visible codes, which see the text and
+each other; then the hidden codes one by one, each run of them led by a copy of the code before it. With everything
+hidden that is CogLM's text to image.
 """
 
 # B batch, N codes of a picture, L prefix, K prefix and steps, S steps, h w grid
