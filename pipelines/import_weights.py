@@ -3,7 +3,7 @@
 Command: python -m pipelines import_weights paper --gpt FOLDER --image-tokenizer FILE --text-tokenizer FILE
 Reads:   CogView's checkpoint folder (mp_rank_XX_model_states.pt), its VQ-VAE (or DALL-E's dVAE, or a VQGAN of
          taming-transformers) and SentencePiece model
-         With the preset coglm CogView2's: CogLM's folder, in SwissArmyTransformer's naming, and icetk's ice_text.model
+         With the preset coglm CogView2's: CogLM's folder, in SwissArmyTransformer's naming, and icetk's two files
 Writes:  gpt/ (model.safetensors, model.json), image_tokenizer/, text_tokenizer/, manifest.json
 Time:    as long as the disk needs to read the files twice and to write them once: a few minutes for the 8 GB model
 """
@@ -27,19 +27,16 @@ from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
 from cogview.tokenizers.dvae import DVAETokenizer
-from cogview.tokenizers.multiscale import MultiScaleTokenizer
+from cogview.tokenizers.icetk_image import from_icetk, is_icetk
 from cogview.tokenizers.released import from_released_vqvae, load_released_dvae
-from cogview.tokenizers.stored import load_image_tokenizer
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.taming import from_taming, is_taming
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.tokenizer_files import SETTINGS_NAME as IMAGE_SETTINGS
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.tokenizers.vqgan import VQGANTokenizer
-from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.weight_files import read_weights, require_sha256
 from pipelines.runtime.jobs import Job, JobRun
 
-ImportedTokenizer = ImageTokenizer | VQGANTokenizer | DVAETokenizer | MultiScaleTokenizer
 Kind = Literal["cogview", "coglm"]
 Precision = Literal["stored", "fp32", "bf16", "fp16"]
 DTYPES: Mapping[Precision, torch.dtype | None] = {
@@ -131,9 +128,9 @@ def import_text(path: Path, *, config: Config, output: Path) -> TextTokenizer:
     return tokenizer
 
 
-def import_image(path: Path, *, config: Config, output: Path) -> ImportedTokenizer:
+def import_image(path: Path, *, config: Config, output: Path) -> AnyImageTokenizer:
     """The image tokenizer, now in a folder of ours."""
-    tokenizer: ImportedTokenizer
+    tokenizer: AnyImageTokenizer
     if (path / IMAGE_SETTINGS).is_file():
         tokenizer = load_image_tokenizer(path)
     elif path.is_dir():
@@ -142,7 +139,10 @@ def import_image(path: Path, *, config: Config, output: Path) -> ImportedTokeniz
         )
     else:
         weights = read_weights(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
-        tokenizer = from_taming(weights) if is_taming(weights) else from_released_vqvae(weights, path=path)
+        if is_icetk(weights):
+            tokenizer = from_icetk(weights, path=path)
+        else:
+            tokenizer = from_taming(weights) if is_taming(weights) else from_released_vqvae(weights, path=path)
     tokenizer.save(output / "image_tokenizer")
     return tokenizer
 
@@ -151,7 +151,7 @@ def import_gpt(
     released: ReleasedGPT,
     *,
     text: TextTokenizer,
-    image: ImportedTokenizer,
+    image: AnyImageTokenizer,
     config: Config,
     run: JobRun,
 ) -> None:
@@ -173,7 +173,7 @@ def import_gpt(
     run.scores["model_parallel_ranks"] = len(released.files)
 
 
-def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: ImportedTokenizer, grid: int) -> dict[str, Any]:
+def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: AnyImageTokenizer, grid: int) -> dict[str, Any]:
     """What `generate` needs to know of a CogView. ConfigError where the grid does not fit."""
     vocabulary = require_vocabulary(model, num_codes=image.num_codes, num_pieces=text.num_pieces)
     LAYOUT.text_budget(length=model.max_positions, num_image_tokens=grid**2)  # raises if the grid does not fit
@@ -185,7 +185,7 @@ def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: ImportedTo
     }
 
 
-def coglm_settings(model: GPTConfig, *, text: TextTokenizer, image: ImportedTokenizer, grid: int) -> dict[str, Any]:
+def coglm_settings(model: GPTConfig, *, text: TextTokenizer, image: AnyImageTokenizer, grid: int) -> dict[str, Any]:
     """What `generate_coglm` needs to know of a CogLM; its captions have no end. Raises what does not fit."""
     vocabulary = BilingualVocabulary(num_image_codes=image.num_codes, text=text.ranges)
     if model.vocab_size < vocabulary.num_ids:
@@ -209,7 +209,7 @@ def coglm_settings(model: GPTConfig, *, text: TextTokenizer, image: ImportedToke
 
 
 def fingerprints(
-    text: TextTokenizer, image: ImportedTokenizer, vocabulary: Vocabulary | BilingualVocabulary
+    text: TextTokenizer, image: AnyImageTokenizer, vocabulary: Vocabulary | BilingualVocabulary
 ) -> dict[str, str]:
     """What a checkpoint carries and every reader checks."""
     return {
