@@ -94,8 +94,9 @@ generate-coglm: $(READY) ## Draw with the CogLM trained last: PROMPT="..." or PR
 	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value PROMPTS),--prompts-file $(call quoted,PROMPTS)) \
 	    $(if $(value STYLE),--style $(call quoted,STYLE)) $(ARGS)
 
-import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
-	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \
+import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder (or COGLM=/folder) IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
+	@$(BIN)/python -m pipelines import_weights $(if $(value COGLM),coglm --gpt $(call quoted,COGLM),paper) \
+	    $(if $(value GPT),--gpt $(call quoted,GPT)) \
 	    $(if $(value IMAGE),--image-tokenizer $(call quoted,IMAGE)) \
 	    $(if $(value TEXT),--text-tokenizer $(call quoted,TEXT)) $(ARGS)
 

@@ -26,7 +26,6 @@ from cogview.sequences.coglm import CogLMLayout
 from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
-from cogview.tokenizers.dvae import DVAETokenizer
 from cogview.tokenizers.icetk_image import from_icetk, is_icetk
 from cogview.tokenizers.released import from_released_vqvae, load_released_dvae
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
