@@ -3,8 +3,8 @@
 In: the weights of `ice_image.pt`, which its owner has fetched. Out: codes at 4, 8 or 16 pixels a side, and pixels
 back. It is built as our multi-scale tokenizer is (`multiscale.py`), but for what the file decides: a coarser level is
 the mean of four neighbours plus a strided convolution of them, all levels share one projection to the codebook, and the
-decoders take code vectors as they are, the coarsest level's first in the file. It is read, not trained. icetk computes in
-half precision; in fp32, as here, a vector between two codes may fall to the other one.
+decoders take code vectors as they are, the coarsest level's first in the file. It is read, not trained. icetk computes
+in half precision; in fp32, as here, a vector between two codes may fall to the other one.
 """
 
 # B batch, C channels, D code dimension, H height, W width, h w height and width in codes

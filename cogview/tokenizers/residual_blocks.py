@@ -25,8 +25,8 @@ class PyramidConfig:
 
     channels x multipliers[i]: the width of level i, full resolution first; each level but the last halves the sides.
     num_res_blocks: residual blocks of each level in the encoder (1 or more), one more in the decoder. attention_levels:
-    levels whose blocks are each followed by self-attention; between the two halves it always stands. latent_channels: width
-    of the map that goes to the codebook's projection. norm_groups: groups of the normalisation.
+    those whose blocks are each followed by self-attention; between the two halves it always stands. latent_channels:
+    width of the map that goes to the codebook's projection. norm_groups: groups of the normalisation.
     """
 
     channels: int = 128
