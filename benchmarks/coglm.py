@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.captioning import judge as judge_captions
-from benchmarks.chains import MODELS, run_job, stage_folders
+from benchmarks.chains import run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, judge, score_attributes
 from cogview.evaluation.grids import from_pictures, to_pictures
@@ -41,7 +41,7 @@ BATCH = 50
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 SIDE = 64  # of which a scene's measures are parts
 REACH = 1.2  # of a shape's outline, in radii
-TOKENIZERS = {name: job for name, job in MODELS.items() if name != "checkpoint"}
+MODELS = ("train_text_tokenizer", "train_image_tokenizer")  # of the chain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,17 @@ def trained_coglm(root: Path, flags: Sequence[str] = ()) -> CogLM:
     """The CogLM under this root, with its chain, trained now if it is not there yet."""
     run_job("road", root=root, preset="coglm_smoke")
     run_job("pretrain_coglm", *flags, root=root)
-    folders = stage_folders(root, *TOKENIZERS.values())
-    tokenizers = {name: folders[job] for name, job in TOKENIZERS.items()}
-    return CogLM.load(latest_output("pretrain_coglm", flag="--checkpoint", root=root), **tokenizers)
+    return finished_coglm(root)
+
+
+def finished_coglm(root: Path) -> CogLM:
+    """The CogLM that was trained last under a root, with the tokenizers of the chain."""
+    folders = stage_folders(root, *MODELS)
+    return CogLM.load(
+        latest_output("pretrain_coglm", flag="--checkpoint", root=root),
+        text_tokenizer=folders["train_text_tokenizer"],
+        image_tokenizer=folders["train_image_tokenizer"],
+    )
 
 
 def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.chains import run_job, stage_folders
-from benchmarks.coglm import BATCH, TOKENIZERS, TWO_SHAPE_SHARE, trained_coglm
+from benchmarks.coglm import BATCH, TWO_SHAPE_SHARE, finished_coglm, trained_coglm
 from benchmarks.harness import REPOSITORY, Figures, argument_parser, say, verify
 from cogview.config import digest_of
 from cogview.evaluation.attributes import judge, score_attributes
@@ -135,13 +135,6 @@ def with_clusters(coglm: CogLM, root: Path) -> CogLM:
     run_job("cluster_codes", root=root)
     folder = latest_output("cluster_codes", flag="--clusters", root=root)
     return replace(coglm, clusters=CodeClusters.load(folder, image_tokenizer=coglm.image_tokenizer.fingerprint))
-
-
-def finished_coglm(root: Path) -> CogLM:
-    """The CogLM that was trained last under a root."""
-    folders = stage_folders(root, *TOKENIZERS.values())
-    tokenizers = {name: folders[job] for name, job in TOKENIZERS.items()}
-    return CogLM.load(latest_output("pretrain_coglm", flag="--checkpoint", root=root), **tokenizers)
 
 
 def track(table: Sequence[dict[str, Any]], *, root: Path, settings: Settings) -> None:

@@ -220,7 +220,8 @@ class RowMaker:
 
     def _pieces(self, text: IdSequence) -> Ints:
         pieces = np.asarray(text, dtype=np.int64)
-        return pieces[pieces != PAD_PIECE][: self.layout.max_text]
+        kept: Ints = pieces[pieces != PAD_PIECE][: self.layout.max_text]
+        return kept
 
     def _patches(self, generator: np.random.Generator) -> Hidden:
         tasks = self.tasks
