@@ -92,7 +92,7 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
     figures |= {"captions/attributes right": named["mean"].value}
     figures |= {f"captions/{name}": named[name].value for name in ("shape", "colour", "size", "background", "position")}
     figures |= {f"captions/{language}": score_attributes(judged[language])["mean"].value for language in LANGUAGES}
-    filled = fill(coglm, holes(coglm, scenes, seed=seed + 2))
+    filled = fill(coglm, holes(scenes, grid=coglm.layout.grid, seed=seed + 2))
     both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
     figures |= {"completion/colour and shape right": sum(both) / len(both)}
     figures |= {
@@ -141,7 +141,7 @@ def fill(coglm: CogLM, some: Sequence[Hole]) -> list[JudgedPicture]:
     return judged
 
 
-def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
+def holes(number: int, *, grid: int, seed: int) -> list[Hole]:
     """Pictures with a small shape under a box, asked to show a held-out one of another kind and colour in its place.
 
     A large shape touches nearly every code: with it hidden there would be no picture left to complete. In half of the
@@ -158,7 +158,7 @@ def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
         found.append(
             Hole(
                 picture=replace(prompt.scene, shapes=(there, *others)),
-                hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=coglm.layout.grid),
+                hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=grid),
                 asked=prompt.scene,
                 caption=prompt.caption,
             )
@@ -167,7 +167,7 @@ def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
 
 
 def box_around(centre: tuple[float, float], *, reach: float, grid: int) -> Tensor:
-    """bool [grid, grid], True for the codes that a shape touches, and those beside them, which saw it."""
+    """bool [grid, grid], True for the codes that a shape touches."""
     code = SIDE / grid
     hidden_GG = torch.zeros(grid, grid, dtype=torch.bool)
     columns, rows = (slice(max(0, math.floor((at - reach) / code)), math.ceil((at + reach) / code)) for at in centre)

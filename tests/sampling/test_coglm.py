@@ -16,6 +16,7 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import ClusterSampling, CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
+from cogview.sampling.text_to_image import TextToImage
 from cogview.sequences.coglm import NO_LABEL, CogLMRow, CogLMTasks, RowMaker
 from cogview.sequences.coglm_batch import collate
 from cogview.tokenizers.code_clusters import CodeClusters, cluster_codes
@@ -215,3 +216,5 @@ def test_a_published_coglm_is_read_back_with_its_clusters(coglm: CogLM, tmp_path
     save_model(load_model(tmp_path / "model")[0], tmp_path / "other", settings={**settings, "task": "captioning"})
     with pytest.raises(CheckpointError, match="no CogLM"):
         CogLM.load(tmp_path / "other", **folders)
+    with pytest.raises(CheckpointError, match="draws with generate_coglm"):
+        TextToImage.load(tmp_path / "model", **folders)
