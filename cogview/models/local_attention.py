@@ -1,4 +1,4 @@
-"""Local attention over a grid of codes: each code sees those around it (CogView2, sections 3.2 and 3.3).
+"""Local attention over a grid of codes: each code sees those around it (CogView2, hierarchical generation).
 
 In: queries of a grid of codes, and keys in the order [context | coarse | fine]: tokens that every query may see, such
 as a caption; a coarser grid of the same picture; and the grid itself. `LocalRule` says which codes of the grids a query

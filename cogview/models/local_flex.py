@@ -1,4 +1,4 @@
-"""Local attention for GPUs, on torch's FlexAttention, which takes the place of a CUDA extension (CogView2, section 3).
+"""Local attention for GPUs, on torch's FlexAttention, which takes the place of CogView2's CUDA extension.
 
 In and out as in `local_attention.tiled_attention`. Both grids are put into the order of tiles of 8 x 16 codes, one tile
 to a block of the kernel, so that the codes around a block lie in few blocks and the work grows with the number of codes

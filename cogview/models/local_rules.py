@@ -1,4 +1,4 @@
-"""Who sees whom in local attention: windows in a grid of codes, and in the coarser grid below it (CogView2, section 3).
+"""Who sees whom in local attention: windows in a grid of codes, and in the coarser grid below it (CogView2).
 
 In: the sides of a grid, and windows. Out: the rule as a dense mask, which the forms of `local_attention.py` are held
 against, and the cells of each grid, from which they make their own.
