@@ -10,7 +10,7 @@ from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
 from cogview.training.loop import StepLoss
 
 
-class LocalSuperResolutionLoss(nn.Module):
+class MaskedCodesLoss(nn.Module):
     """A model with its loss, for the training loop. image_ids: codes are predicted among these ids alone."""
 
     def __init__(

@@ -11,7 +11,7 @@ from cogview.errors import ConfigError
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.local_super_resolution import LocalSuperResolution, LocalSuperResolutionConfig, Stage
 from cogview.sampling.choice import SamplingConfig, uniform_draws
-from cogview.sampling.local_super_resolution import LoPARConfig, StageModel, chooser, draw_directly, refine
+from cogview.sampling.hierarchy import LoPARConfig, StageModel, chooser, draw_directly, refine
 from cogview.sampling.lopar import rank_grid
 from cogview.sequences.picture_context import gpt_form
 from cogview.tokenizers.vocabulary import Vocabulary
@@ -112,7 +112,7 @@ def test_a_picture_is_decided_by_its_seed_and_not_by_its_batch(stage: Stage) -> 
 def test_codes_are_chosen_by_their_own_numbers_however_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of("direct")
     whole = draw_directly(stage, TEXTS, small(), seeds=SEEDS, choose=CHOOSE)
-    monkeypatch.setattr("cogview.sampling.local_super_resolution.CODES_AT_ONCE", 7)
+    monkeypatch.setattr("cogview.sampling.hierarchy.CODES_AT_ONCE", 7)
     assert torch.equal(draw_directly(stage, TEXTS, small(), seeds=SEEDS, choose=CHOOSE), whole)
     given = uniform_draws(SEEDS, length=144, device=torch.device("cpu"))
     places: list[Tensor] = []
