@@ -85,7 +85,7 @@ PRESETS: dict[str, Config] = {
         max_text=0,
         loop=LoopConfig(
             num_steps=400,
-            global_batch_size=16,
+            global_batch_size=8,
             optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_share=0.05, final_share=0.02),
             log_every=10,
             validate_every=200,
