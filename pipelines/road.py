@@ -91,9 +91,27 @@ def compose_fashion(preset: str, *, image_size: int) -> Config:
     )
 
 
+def compose_coglm(preset: str) -> Config:
+    """The road as far as pretrain_coglm needs it: a bilingual text tokenizer, and CogView2's picture sizes."""
+    base = compose(preset)
+    text, image, tokens = {
+        "paper": ("bilingual", "cogview2", "cogview2"),
+        "smoke": ("bilingual_smoke", "smoke", "smoke"),
+    }[preset]
+    return replace(
+        base,
+        until="tokenize_pairs",
+        train_text_tokenizer=text_training.PRESETS[text],
+        train_image_tokenizer=image_training.PRESETS[image],
+        tokenize_pairs=tokenizing.PRESETS[tokens],
+    )
+
+
 PRESETS: dict[str, Config] = {
     "paper": compose("paper"),
     "smoke": compose("smoke"),
+    "coglm_paper": compose_coglm("paper"),
+    "coglm_smoke": compose_coglm("smoke"),
     "fashion_paper": compose_fashion("paper", image_size=800),  # 50 x 50 codes
     "fashion_smoke": compose_fashion("smoke", image_size=256),  # 16 x 16 codes of a VQGAN trained on 64 x 64 pixels
 }

@@ -127,7 +127,15 @@ FASHION_SMOKE = replace(
     ),
     num_workers=2,
 )
-PRESETS: dict[str, Config] = {"paper": PAPER, "smoke": SMOKE, "fashion": FASHION, "fashion_smoke": FASHION_SMOKE}
+# icetk's three compressions; sizes of its networks, rates and steps are not published, and are the VQGAN paper's here.
+COGVIEW2 = replace(FASHION, image_size=256, model=MultiScaleTraining())
+PRESETS: dict[str, Config] = {
+    "paper": PAPER,
+    "smoke": SMOKE,
+    "fashion": FASHION,
+    "fashion_smoke": FASHION_SMOKE,
+    "cogview2": COGVIEW2,
+}
 
 
 def main(config: Config, run: JobRun) -> None:

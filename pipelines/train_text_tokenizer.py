@@ -44,9 +44,14 @@ class Config:
 
 
 PAPER = Config()
+SMOKE = replace(PAPER, tokenizer=TextTokenizerConfig(num_pieces=512, exact=False, split_chinese=True))
+# icetk's size and kind; its range of rare pieces follows the corpus here.
+BILINGUAL = replace(PAPER, tokenizer=TextTokenizerConfig(num_pieces=130_000, is_bilingual=True, model_type="unigram"))
 PRESETS: dict[str, Config] = {
     "paper": PAPER,
-    "smoke": replace(PAPER, tokenizer=TextTokenizerConfig(num_pieces=512, exact=False, split_chinese=True)),
+    "smoke": SMOKE,
+    "bilingual": BILINGUAL,
+    "bilingual_smoke": replace(SMOKE, tokenizer=replace(SMOKE.tokenizer, is_bilingual=True)),
 }
 
 

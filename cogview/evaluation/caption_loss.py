@@ -5,7 +5,7 @@ text, lower is better; and the score of the release's post-selection, the sum of
 release, image ids are left out of the softmax. Within one prompt both order candidates alike.
 """
 
-# B pairs, L sequence, N text tokens of all pairs, E hidden, V ids that are not image codes, h w grid
+# B pairs, T tokens of a text, N text tokens of all pairs, E hidden, V ids that are not image codes, h w grid
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cogview.errors import ConfigError, SchemaError
-from cogview.sampling.captioning import Captioner
+from cogview.sampling.captioning import CaptionModel
 
 TOKENS_AT_ONCE = 1024  # scores of so many tokens: 1024 x 50,048 ids x 4 bytes = 205 MB
 
@@ -33,7 +33,7 @@ class CaptionScore:
 
 
 def score_pairs(
-    captioner: Captioner, captions: Sequence[str], codes_Bhw: Tensor, *, batch_size: int = 64
+    captioner: CaptionModel, captions: Sequence[str], codes_Bhw: Tensor, *, batch_size: int = 64
 ) -> list[CaptionScore]:
     """Score each caption for its image. Captions of one length are scored together, so nothing is computed for padding.
 
@@ -69,20 +69,15 @@ def _batches(texts: Sequence[tuple[int, ...]], *, batch_size: int) -> Iterator[l
 
 
 @torch.inference_mode()
-def _log_probabilities(captioner: Captioner, texts: Sequence[tuple[int, ...]], codes_Bhw: Tensor) -> Tensor:
+def _log_probabilities(captioner: CaptionModel, texts: Sequence[tuple[int, ...]], codes_Bhw: Tensor) -> Tensor:
     """log p of every text token, float64 [B, tokens]; the texts have the same length."""
-    model, offset = captioner.model, captioner.vocabulary.text_offset
-    device = model.word_embeddings.weight.device
-    prompts = captioner.prompts(codes_Bhw)
-    texts_BT = torch.tensor(texts, device=device) + offset
-    ids_BL = torch.cat([torch.tensor(prompts, device=device), texts_BT[:, :-1]], dim=1)
-    positions_L = captioner.positions(num_text=texts_BT.shape[1] - 1)
-    positions_BL = torch.tensor(positions_L, device=device).expand_as(ids_BL)
-    hidden_NE = model(ids_BL, positions_BL)[:, -texts_BT.shape[1] :].flatten(0, 1)
-    ids = range(captioner.vocabulary.image_ids.stop, model.config.vocab_size)
+    model = captioner.model
+    texts_BT = torch.tensor(texts, device=model.word_embeddings.weight.device)
+    hidden_NE = captioner.read_texts(texts_BT, codes_Bhw).flatten(0, 1)
+    ids = range(captioner.first_text_id, model.config.vocab_size)
     found = []
     for start in range(0, len(hidden_NE), TOKENS_AT_ONCE):
         logits_NV = model.logits(hidden_NE[start : start + TOKENS_AT_ONCE], ids=ids).float()
-        labels_N1 = texts_BT.flatten()[start : start + TOKENS_AT_ONCE, None] - ids.start
+        labels_N1 = texts_BT.flatten()[start : start + TOKENS_AT_ONCE, None]  # the pieces are the first of these ids
         found.append(logits_NV.log_softmax(dim=-1).gather(1, labels_N1)[:, 0].double())
     return torch.cat(found).view(texts_BT.shape)

@@ -238,9 +238,11 @@ class GPT(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         pivot_keys_B: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, L, E] after the last norm. A cache is advanced by L positions.
 
+        allowed: [B, 1, L, K] instead of what is causal: bool, where a token may look, or what is added to its scores.
         pivot_keys_B: int64, numbers that decide the pivots of sparse attention (see `pivots.pivot_keys`); without them
         training takes them from torch's random state on the CPU, and evaluation 0.
         """
@@ -250,8 +252,8 @@ class GPT(nn.Module):
             hidden_BLE = share * hidden_BLE + (1 - share) * hidden_BLE.detach()
         hidden_BLE = self.dropout(hidden_BLE)
         if cache is not None and ids_BL.shape[1] == 1 and self._steps(cache):
-            return self._step(hidden_BLE, cache)
-        regions_of = self._regions(ids_BL, cache, pivot_keys_B)
+            return self._step(hidden_BLE, cache, allowed)
+        regions_of = self._regions(ids_BL, cache, pivot_keys_B) if allowed is None else lambda layer: allowed
         for index, layer in enumerate(self.transformer.layers):
             if self.config.activation_checkpointing and self.training:
                 hidden_BLE = checkpoint(layer, hidden_BLE, None, regions_of(index), use_reentrant=False)
@@ -285,12 +287,13 @@ class GPT(nn.Module):
             cache.steps = Steps(layers, num_heads=self.config.num_heads)
         return True
 
-    def _step(self, hidden_B1E: Tensor, cache: KeyValueCache) -> Tensor:
+    def _step(self, hidden_B1E: Tensor, cache: KeyValueCache, allowed: Tensor | None) -> Tensor:
         """Hidden states [B, 1, E] of one token after the last norm; the cache is advanced by it."""
         assert cache.steps is not None
         end = cache.end(1)
-        mask = None if cache.sees_all(1) else cache.attention_mask(1)
-        hidden_BE = cache.steps(hidden_B1E[:, 0], caches=cache.of_layers, filled=cache.filled, allowed=mask)
+        if allowed is None and not cache.sees_all(1):
+            allowed = cache.attention_mask(1)
+        hidden_BE = cache.steps(hidden_B1E[:, 0], caches=cache.of_layers, filled=cache.filled, allowed=allowed)
         cache.filled = end
         normed: Tensor = self.transformer.final_layernorm(hidden_BE)
         return normed[:, None]

@@ -11,4 +11,6 @@ SIZES: dict[str, GPTConfig] = {
     "tutorial": GPTConfig(num_layers=12, hidden_size=1024, num_heads=16),
     "3b": GPTConfig(num_layers=36, hidden_size=2560, num_heads=40, max_positions=2600),  # fashion: 50 x 50 codes
     "4b": GPTConfig(num_layers=48, hidden_size=2560, num_heads=40),
+    # CogLM's: 150,010 ids and 1,024 positions make 5,902,307,328 parameters.
+    "6b": GPTConfig(vocab_size=150_010, max_positions=1024, num_layers=48, hidden_size=3072, num_heads=48),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cogview.errors import ConfigError
-from cogview.sampling.captioning import Caption, Captioner, Language
+from cogview.sampling.captioning import Caption, CaptionModel, Language
 from cogview.sampling.choice import SamplingConfig, choose, uniform_draws
 
 
@@ -35,7 +35,7 @@ class BeamConfig:
 
 @torch.inference_mode()
 def draw_captions(
-    captioner: Captioner,
+    captioner: CaptionModel,
     codes_Bhw: Tensor,
     *,
     sampling: SamplingConfig,
@@ -48,7 +48,7 @@ def draw_captions(
     """
     if len(seeds) != len(codes_Bhw):
         raise ConfigError(f"{len(seeds)} seeds for {len(codes_Bhw)} images; give one for each")
-    reading, allowed_K = captioner.begin(codes_Bhw), captioner.allowed(language)
+    reading, allowed_K = captioner.begin(codes_Bhw, language=language), captioner.allowed(language)
     draws_BT = uniform_draws(list(seeds), length=captioner.max_text, device=allowed_K.device)
     totals_B = torch.zeros(len(seeds), device=allowed_K.device)
     is_open_B = torch.ones(len(seeds), dtype=torch.bool, device=allowed_K.device)
@@ -70,11 +70,12 @@ def draw_captions(
 
 @torch.inference_mode()
 def search_captions(
-    captioner: Captioner, codes_Bhw: Tensor, *, beams: BeamConfig, language: Language = "any"
+    captioner: CaptionModel, codes_Bhw: Tensor, *, beams: BeamConfig, language: Language = "any"
 ) -> list[list[Caption]]:
     """For each image up to `beams.width` captions, the best first, found by following the likeliest beginnings."""
     width, images = beams.width, len(codes_Bhw)
-    reading, allowed_K = captioner.begin(codes_Bhw.repeat_interleave(width, dim=0)), captioner.allowed(language)
+    reading = captioner.begin(codes_Bhw.repeat_interleave(width, dim=0), language=language)
+    allowed_K = captioner.allowed(language)
     # At first all beams of an image are alike, so all but one of them are ruled out.
     start = [_Beam(row=0, choices=(), total=-torch.inf if beam else 0.0) for beam in range(width)]
     live, done = [start] * images, [[] for _ in range(images)]  # type: list[list[_Beam]], list[list[_Beam]]
@@ -136,7 +137,7 @@ def _is_settled(done: Sequence[_Beam], live: Sequence[_Beam], *, beams: BeamConf
     return scores[beams.width - 1] >= max(beam.score(beams.length_power) for beam in live)
 
 
-def _possible(allowed_K: Tensor, captioner: Captioner, *, step: int) -> Tensor:
+def _possible(allowed_K: Tensor, captioner: CaptionModel, *, step: int) -> Tensor:
     """bool [K]: what is allowed, but for an end before the first piece."""
     if step or not captioner.has_end:
         return allowed_K

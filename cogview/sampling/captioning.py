@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,36 @@ class Caption:
     pieces: tuple[int, ...]
     log_probability: float
     is_whole: bool
+
+
+class CaptionModel(Protocol):
+    """What writes and reads captions: a `Captioner`, or a CogLM in that role. Members are those of `Captioner`."""
+
+    @property
+    def model(self) -> GPT: ...
+    @property
+    def text_tokenizer(self) -> TextTokenizer: ...
+    @property
+    def image_tokenizer(self) -> AnyImageTokenizer: ...
+    @property
+    def first_text_id(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def max_text(self) -> int: ...
+    @property
+    def text_budget(self) -> int: ...
+    @property
+    def has_end(self) -> bool: ...
+    @property
+    def end(self) -> int: ...
+
+    def allowed(self, language: Language) -> Tensor: ...
+    def begin(self, codes_Bhw: Tensor, *, language: Language) -> "Reading": ...
+    def advance(self, reading: "Reading", chosen_R: Tensor) -> None: ...
+    def logits(self, reading: "Reading") -> Tensor: ...
+    def caption(self, choices: Sequence[int], *, log_probability: float) -> Caption: ...
+    def read_texts(self, texts_BT: Tensor, codes_Bhw: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +152,21 @@ class Captioner:
 
     def allowed(self, language: Language) -> Tensor:
         """bool [K], which choices a caption in this language may be made of."""
-        if language not in LANGUAGES:
-            raise ConfigError(f"language={language!r}: choose one of {', '.join(LANGUAGES)}")
-        foreign = {"any": None, "en": CHINESE_CHARACTER, "zh": LATIN_LETTER}[language]
-        pieces = self.text_tokenizer.written_pieces()
-        allowed = [bool(piece) and not (foreign and foreign.search(piece)) for piece in pieces]
-        return torch.tensor(allowed + [True] * self.has_end, device=self.model.word_embeddings.weight.device)
+        device = self.model.word_embeddings.weight.device
+        return allowed_choices(self.text_tokenizer, language=language, has_end=self.has_end).to(device)
 
     @property
     def end(self) -> int:
         """The choice that ends a caption: one past the last piece."""
         return len(self.vocabulary.text_ids)
 
-    def begin(self, codes_Bhw: Tensor) -> "Reading":
-        """Read the images, each different one once."""
+    @property
+    def first_text_id(self) -> int:
+        """Ids from here on are no image codes; the pieces begin here."""
+        return self.vocabulary.text_offset
+
+    def begin(self, codes_Bhw: Tensor, *, language: Language = "any") -> "Reading":
+        """Read the images, each different one once. The language changes nothing: no token asks for it."""
         prompts = self.prompts(codes_Bhw)
         places = [self.positions(num_text=0)] * len(prompts)
         hidden_BE, positions_B1, cache = read_prompts(
@@ -159,14 +190,15 @@ class Captioner:
 
     def caption(self, choices: Sequence[int], *, log_probability: float) -> Caption:
         """The caption of a row of choices; what follows the end is not part of it."""
-        is_whole = self.end in choices
-        pieces = tuple(choices[: list(choices).index(self.end)] if is_whole else choices)
-        return Caption(
-            text=self.text_tokenizer.decode(pieces),
-            pieces=pieces,
-            log_probability=log_probability,
-            is_whole=is_whole,
-        )
+        return as_caption(self.text_tokenizer, choices, end=self.end, log_probability=log_probability)
+
+    def read_texts(self, texts_BT: Tensor, codes_Bhw: Tensor) -> Tensor:
+        """The hidden states [B, T, E] that predict each piece of texts (int64 [B, T], all of one length)."""
+        prompts = torch.tensor(self.prompts(codes_Bhw), device=texts_BT.device)
+        ids_BL = torch.cat([prompts, texts_BT[:, :-1] + self.vocabulary.text_offset], dim=1)
+        positions_L = self.positions(num_text=texts_BT.shape[1] - 1)
+        positions_BL = torch.tensor(positions_L, device=texts_BT.device).expand_as(ids_BL)
+        return self.model(ids_BL, positions_BL)[:, -texts_BT.shape[1] :]
 
 
 @dataclass(kw_only=True)
@@ -177,7 +209,7 @@ class Reading:
     positions_R1: Tensor
     cache: KeyValueCache
 
-    def follow(self, parents_R: Tensor, *, captioner: Captioner) -> None:
+    def follow(self, parents_R: Tensor, *, captioner: CaptionModel) -> None:
         """Go on with other rows: row r continues row parents_R[r]."""
         storage = self.cache.storage
         cache = KeyValueCache(
@@ -190,3 +222,21 @@ class Reading:
         cache.begin_with(self.cache, rows_B=parents_R)
         self.cache, self.hidden_RE = cache, self.hidden_RE[parents_R]
         self.positions_R1 = self.positions_R1[parents_R]
+
+
+def allowed_choices(text_tokenizer: TextTokenizer, *, language: Language, has_end: bool) -> Tensor:
+    """bool [K], which pieces, and the end if there is one, a caption in this language may be made of."""
+    if language not in LANGUAGES:
+        raise ConfigError(f"language={language!r}: choose one of {', '.join(LANGUAGES)}")
+    foreign = {"any": None, "en": CHINESE_CHARACTER, "zh": LATIN_LETTER}[language]
+    pieces = text_tokenizer.written_pieces()
+    allowed = [bool(piece) and not (foreign and foreign.search(piece)) for piece in pieces]
+    return torch.tensor(allowed + [True] * has_end)
+
+
+def as_caption(text_tokenizer: TextTokenizer, choices: Sequence[int], *, end: int, log_probability: float) -> Caption:
+    """The caption of a row of choices; what follows the end is not part of it."""
+    is_whole = end in choices
+    pieces = tuple(choices[: list(choices).index(end)] if is_whole else choices)
+    text = text_tokenizer.decode(pieces)
+    return Caption(text=text, pieces=pieces, log_probability=log_probability, is_whole=is_whole)

@@ -14,14 +14,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 
+from cogview.config import later_field
 from cogview.errors import ConfigError, VocabularyError
+from cogview.tokenizers.bilingual import ordered_model, ranges_of
+from cogview.tokenizers.bilingual_vocabulary import PAD_PIECE, TextRanges
 
 MODEL_NAME = "text.model"
 SETTINGS_NAME = "text.json"
@@ -46,6 +49,8 @@ class TextTokenizerConfig:
     split_chinese: no piece has more than one Chinese character. A small corpus repeats its phrases, and without spaces
     between them BPE would learn whole phrases by heart; a large one teaches words, as the released model shows.
     max_texts: the rest of a larger corpus is not read.
+    is_bilingual: CogView2's form: with `<pad>`, and the pieces ordered by language as icetk's are. model_type: CogView's
+    "bpe", or icetk's "unigram", which cuts rare words into more pieces and cannot learn a word from one form of it alone.
     """
 
     num_pieces: int = 50_000
@@ -53,12 +58,16 @@ class TextTokenizerConfig:
     character_coverage: float = 0.9995
     split_chinese: bool = False
     max_texts: int = 5_000_000
+    is_bilingual: bool = later_field(False)
+    model_type: Literal["bpe", "unigram"] = later_field("bpe")
 
     def __post_init__(self) -> None:
         if self.num_pieces <= NUM_RESERVED:
             raise ConfigError(f"num_pieces is {self.num_pieces}; {NUM_RESERVED} are reserved, so give more")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ConfigError(f"character_coverage is {self.character_coverage}; it must be from 0.9 to 1.0")
+        if self.model_type not in ("bpe", "unigram"):
+            raise ConfigError(f"model_type is {self.model_type!r}; choose bpe or unigram")
         if self.max_texts < 1:
             raise ConfigError(f"max_texts is {self.max_texts}; it must be at least 1")
 
@@ -110,6 +119,11 @@ class TextTokenizer:
         return int(self._processor.unk_id())
 
     @property
+    def ranges(self) -> TextRanges:
+        """How many pieces there are of each language. VocabularyError unless they are ordered so (see `bilingual`)."""
+        return ranges_of(self._model)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the model file."""
         return hashlib.sha256(self._model).hexdigest()
@@ -157,8 +171,9 @@ def train_text_tokenizer(texts: Iterable[str], *, config: TextTokenizerConfig, o
     asks for a size that the corpus cannot give.
     """
     corpus = [encodable(text)[:MAX_TRAINING_CHARACTERS] for text in islice(texts, config.max_texts) if text.strip()]
-    needed = NUM_RESERVED + count_characters(corpus, coverage=config.character_coverage)
-    if needed == NUM_RESERVED:
+    reserved = NUM_RESERVED + config.is_bilingual
+    needed = reserved + count_characters(corpus, coverage=config.character_coverage)
+    if needed == reserved:
         raise ConfigError("there is no text to train a text tokenizer on; the captions are empty")
     if config.exact and needed > config.num_pieces:
         raise ConfigError(
@@ -173,8 +188,14 @@ def train_text_tokenizer(texts: Iterable[str], *, config: TextTokenizerConfig, o
             f"num_pieces is {config.num_pieces}, but {len(corpus)} captions give {tokenizer.num_pieces} at most; set "
             "num_pieces to that, set exact to False, or train on more captions"
         )
-    tokenizer.save(output, settings={**asdict(config), "texts": len(corpus), "origin": "trained"})
+    tokenizer.save(output, settings={**_stored(config), "texts": len(corpus), "origin": "trained"})
     return tokenizer
+
+
+def _stored(config: TextTokenizerConfig) -> dict[str, Any]:
+    """The config's fields; those that came later only where they say something."""
+    later = {field.name for field in fields(config) if field.metadata and getattr(config, field.name) == field.default}
+    return {name: value for name, value in asdict(config).items() if name not in later}
 
 
 def encodable(text: str) -> str:
@@ -205,7 +226,8 @@ def _trained_model(corpus: list[str], *, num_pieces: int, config: TextTokenizerC
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences,
             model_writer=model,
-            model_type="bpe",
+            model_type=config.model_type,
+            pad_id=PAD_PIECE if config.is_bilingual else -1,
             vocab_size=num_pieces,
             hard_vocab_limit=False,  # fewer pieces are judged by the caller
             character_coverage=config.character_coverage,
@@ -218,7 +240,7 @@ def _trained_model(corpus: list[str], *, num_pieces: int, config: TextTokenizerC
         )
     except RuntimeError as error:
         raise ConfigError(f"num_pieces {num_pieces}: SentencePiece cannot train on these captions: {error}") from error
-    return model.getvalue()
+    return ordered_model(model.getvalue()) if config.is_bilingual else model.getvalue()
 
 
 def _with_borders(text: str) -> str:
