@@ -22,7 +22,8 @@ from cogview.sequences.layout import IdSequence
 from cogview.sequences.picture_context import ContextBatch, ContextForm, build_context
 
 CODES_AT_ONCE = 2048  # whose logits are held: 2048 x 20,000 codes x 8 bytes = 328 MB
-Choose = Callable[[Tensor, Tensor], Tensor]  # logits [P, codes] and draws [P] -> codes [P]
+Choose = Callable[[Tensor, Tensor], Tensor]  # logits [P, codes] and draws [P, 2] -> codes [P]
+DRAWS_EACH = 2  # numbers for each code: for a cluster of codes and for one of it, or the first alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,11 @@ class StageModel:
 
     @torch.inference_mode()
     def draw(
-        self, context: ContextBatch, codes_BGG: Tensor, *, is_masked_BGG: Tensor, draws_BN: Tensor, choose: Choose
+        self, context: ContextBatch, codes_BGG: Tensor, *, is_masked_BGG: Tensor, draws_BN2: Tensor, choose: Choose
     ) -> Tensor:
         """Codes [B, G, G] with those that are masked drawn at once; of these, `codes_BGG` may hold anything.
 
-        draws_BN: numbers in [0, 1), one for each code of the grid. choose: makes codes of logits and draws.
+        draws_BN2: numbers in [0, 1) for each code of the grid. choose: makes codes of logits and draws.
         """
         is_masked_BN, ids_BN = is_masked_BGG.flatten(1), codes_BGG.flatten(1) + self.image_ids.start
         hidden_BNE = self.model(
@@ -84,10 +85,10 @@ class StageModel:
         drawn_BN = codes_BGG.flatten(1).clone()
         drawn_BN[is_masked_BN] = torch.cat(
             [
-                choose(self.model.gpt.logits(hidden_PE, ids=self.image_ids).float(), draws_P)
-                for hidden_PE, draws_P in zip(
+                choose(self.model.gpt.logits(hidden_PE, ids=self.image_ids).float(), draws_P2)
+                for hidden_PE, draws_P2 in zip(
                     torch.split(hidden_BNE[is_masked_BN], CODES_AT_ONCE),
-                    torch.split(draws_BN[is_masked_BN], CODES_AT_ONCE),
+                    torch.split(draws_BN2[is_masked_BN], CODES_AT_ONCE),
                     strict=True,
                 )
             ]
@@ -106,13 +107,13 @@ def draw_directly(
     """Codes int64 [B, G, G] of pictures with codes [B, g, g], in one pass. ConfigError for pictures of another size."""
     config = stage.model.config
     _require_sides(small_Bgg, config.small_grid, reads="reads")
-    batch, device = len(small_Bgg), stage.device
-    large_BGG = torch.zeros(batch, config.grid, config.grid, dtype=torch.int64, device=device)
+    device = stage.device
+    large_BGG = torch.zeros(len(small_Bgg), config.grid, config.grid, dtype=torch.int64, device=device)
     return stage.draw(
         stage.context(texts, small_Bgg),
         large_BGG,
         is_masked_BGG=torch.ones_like(large_BGG, dtype=torch.bool),
-        draws_BN=uniform_draws(list(seeds), length=config.grid**2, device=device),
+        draws_BN2=_draws(seeds, 1, config.grid**2, device=device)[:, 0],
         choose=choose,
     )
 
@@ -136,7 +137,7 @@ def refine(
     _require_sides(codes_BGG, grid, reads="draws")
     passes, device = num_passes(config.ranks), stage.device
     rank_GG = rank_grid(grid, grid, ranks=config.ranks).to(device)
-    draws_BRN = uniform_draws(list(seeds), length=passes * grid**2, device=device).view(len(seeds), passes, -1)
+    draws_BRN2 = _draws(seeds, passes, grid**2, device=device)
     context, drawn_BGG = stage.context(texts, None), codes_BGG.to(device)
     for number in range(1, passes + 1):
         is_masked_BGG = (rank_GG >= number).expand(drawn_BGG.shape)
@@ -147,7 +148,7 @@ def refine(
                 context,
                 drawn_BGG,
                 is_masked_BGG=is_masked_BGG,
-                draws_BN=draws_BRN[:, number - 1],
+                draws_BN2=draws_BRN2[:, number - 1],
                 choose=chooser(config.sampling(number)),
             )
         if progress is not None:
@@ -157,7 +158,13 @@ def refine(
 
 def chooser(sampling: SamplingConfig) -> Choose:
     """Temperature, top-k and top-p as a way to choose codes."""
-    return lambda logits_PK, draws_P: choose(logits_PK, draws_P, config=sampling)
+    return lambda logits_PK, draws_P2: choose(logits_PK, draws_P2[:, 0], config=sampling)
+
+
+def _draws(seeds: Sequence[int], passes: int, codes: int, *, device: torch.device) -> Tensor:
+    """Numbers in [0, 1), float64 [B, R, N, 2], of each picture from its seed alone."""
+    flat = uniform_draws(list(seeds), length=passes * codes * DRAWS_EACH, device=device)
+    return flat.view(len(seeds), passes, codes, DRAWS_EACH)
 
 
 def _require_sides(codes_Bgg: Tensor, side: int, *, reads: str) -> None:

@@ -26,9 +26,10 @@ from cogview.models.local_super_resolution import LocalSuperResolution, LocalSup
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, load_model, save_model
 from cogview.models.published_stage import save_stage
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.hierarchical_magnifier import form_of
 from cogview.sampling.hierarchy import LoPARConfig, StageModel, chooser, draw_directly, refine
 from cogview.sampling.text_to_image import require_fingerprints
-from cogview.sequences.picture_context import ContextForm, build_context, gpt_form
+from cogview.sequences.picture_context import ContextForm, build_context
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
@@ -69,9 +70,10 @@ class StageFinetuning:
             raise ConfigError(f"loop.sharding={self.loop.sharding!r}: this model is not spread over GPUs; choose none")
         parts = self.inputs.load()
         gpt, settings = load_model(self.checkpoint)
-        require_fingerprints(settings["fingerprints"], found=parts.fingerprints, where=self.checkpoint)
+        form, found = form_of(settings, text=parts.text_tokenizer, image=parts.image_tokenizer)
+        require_fingerprints(settings["fingerprints"], found=found, where=self.checkpoint)
         self._require_grids(parts, trained_on=int(settings["grid"]))
-        return Started(gpt=gpt, settings=settings, parts=parts, form=self._form(settings, parts))
+        return Started(gpt=gpt, settings=settings, parts=parts, form=self._shortened(form))
 
     def build(self, started: "Started") -> LocalSuperResolution:
         """The model to train, on a copy of the backbone in fp32."""
@@ -81,13 +83,7 @@ class StageFinetuning:
         model.start_from_backbone(first_position=started.form.first_position)
         return model
 
-    def _form(self, settings: Mapping[str, Any], parts: Parts) -> ContextForm:
-        form = gpt_form(
-            parts.vocabulary,
-            length=int(settings["length"]),
-            grid=int(settings["grid"]),
-            is_image_fixed=bool(settings.get("is_image_fixed", False)),
-        )
+    def _shortened(self, form: ContextForm) -> ContextForm:
         if self.max_text > form.max_text:
             raise ConfigError(f"max_text={self.max_text}: the backbone reads {form.max_text} text tokens at most")
         if self.max_text and self.model.is_direct:
@@ -194,7 +190,7 @@ class StageTask:
             save_model(self.model.gpt, output, settings={**stored, "task": name, "started_from": started_from})
         settings = {
             "task": name,
-            "fingerprints": self.parts.fingerprints,
+            "fingerprints": self.started.settings["fingerprints"],
             "form": asdict(self.form),
             "started_from": started_from,
             "num_steps": self.settings.loop.num_steps,
