@@ -9,9 +9,7 @@ from torch import Tensor
 
 from cogview.errors import CheckpointError, ConfigError, VocabularyError
 from cogview.models.gpt import GPT
-from cogview.models.local_super_resolution import LocalSuperResolution, LocalSuperResolutionConfig
-from cogview.models.published import load_model, read_settings, save_model
-from cogview.models.published_stage import save_stage
+from cogview.models.published import read_settings
 from cogview.models.shared_backbone import SharedBackbone
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import ClusterSampling
@@ -22,12 +20,10 @@ from cogview.sampling.lopar import rank_grid
 from cogview.sequences.coglm import RowMaker
 from cogview.sequences.picture_context import build_context
 from cogview.tokenizers.code_clusters import CodeClusters
-from cogview.tokenizers.stored import load_image_tokenizer
-from cogview.tokenizers.text import TextTokenizer
 from tests.pipelines.trained_folders import GRID, TrainedFolders, write_trained_folders
 from tests.sampling.small_coglm import small_coglm, some_codes
+from tests.sampling.small_stages import LARGE, publish_stage
 
-LARGE = 3 * GRID
 CAPTIONS = ["a red circle", "蓝色背景上的一个大红色圆形"]
 SAMPLING = HierarchicalSampling(clusters=None, tokens=SamplingConfig(top_k=12), lopar=LoPARConfig(top_k=(12,)))
 
@@ -35,20 +31,6 @@ SAMPLING = HierarchicalSampling(clusters=None, tokens=SamplingConfig(top_k=12), 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolders:
     return write_trained_folders(tmp_path_factory.mktemp("trained"))
-
-
-def publish_stage(folder: Path, folders: TrainedFolders, *, stage: str, grid: int = LARGE) -> Path:
-    """An untrained stage on the backbone of the folders: it draws noise, but every file is real."""
-    gpt, settings = load_model(folders.checkpoint)
-    text, image = TextTokenizer.load(folders.text_tokenizer), load_image_tokenizer(folders.image_tokenizer)
-    form, fingerprints = form_of(settings, text=text, image=image)
-    torch.manual_seed(len(stage))
-    model = LocalSuperResolution(gpt, LocalSuperResolutionConfig(stage=stage, grid=grid, ratio=grid // GRID))
-    if stage == "iterative":
-        model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
-    save_model(model.gpt, folder, settings={key: settings[key] for key in ("fingerprints", "grid", "length")})
-    save_stage(model, folder, settings={"form": asdict(form), "fingerprints": fingerprints})
-    return folder
 
 
 @pytest.fixture(scope="module")
