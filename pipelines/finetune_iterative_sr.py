@@ -1,8 +1,8 @@
 """Finetune the model to draw masked codes of a large picture between known ones, for LoPAR (CogView2).
 
 Command: make finetune-iterative-sr; python -m pipelines finetune_iterative_sr paper --tokens FOLDER
-Reads:   a trained model that draws (pretrain), with its tokenizers; token rows with each picture at two sizes, such as
-         those of tokenize_pairs cogview2, or scenes that it draws itself
+Reads:   a trained model that draws (pretrain, pretrain_coglm), with its tokenizers; token rows with each picture at
+         two sizes, such as those of tokenize_pairs cogview2, or scenes that it draws itself
 Writes:  model.safetensors, model.json (the backbone, trained further); super_resolution.safetensors and .json (what it
          has besides); metrics.jsonl, checkpoints/, samples/step_00001000.png; tokens/ of the scenes
 Time:    smoke: about 10 minutes on two cores
@@ -18,14 +18,10 @@ from cogview.models.published_stage import STAGE_FILES
 from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
-from pipelines.runtime.chain import fill_from_chain
 from pipelines.runtime.jobs import Job, JobRun, given_folders
-from pipelines.tasks.finetuning import SOURCES
-from pipelines.tasks.hierarchy import StageFinetuning, finetune_stage
+from pipelines.tasks.hierarchy import PRODUCERS, StageFinetuning, fill_backbone, finetune_stage
 from pipelines.tasks.language_model import Inputs
 from pipelines.tasks.scene_pictures import ScenePictures, scenes_or_tokens
-
-PRODUCERS = {name: job for name, job in SOURCES.items() if name != "tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +102,8 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def resolve(config: Config, *, root: Path) -> Config:
-    """Fill in the folders that are not given from the chain that ran last under `root`."""
-    filled: Config = fill_from_chain(config, PRODUCERS, root=root)
+    """Fill in the folders that are not given: the CogLM made last under `root`, or else the model of its chain."""
+    filled: Config = fill_backbone(config, root=root)
     return filled
 
 

@@ -34,13 +34,25 @@ from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
 from cogview.training.masked_codes import MaskedCodesLoss
-from pipelines.runtime.jobs import JobRun
+from pipelines.runtime.chain import fill_from_chain, latest_output
+from pipelines.runtime.jobs import COMPLETE_NAME, JobRun
 from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
+from pipelines.tasks.finetuning import SOURCES
 from pipelines.tasks.language_model import Inputs, Parts
 
 SCORES = ("loss", "validation_loss", "validation_codes_right", "skipped_steps")
 VALIDATION_ROWS_AT_ONCE = 16
 SHOWN = 12
+COGLM_JOB = "pretrain_coglm"
+PRODUCERS = {name: job for name, job in SOURCES.items() if name != "tokens"}
+
+
+def fill_backbone(config: Any, *, root: Path) -> Any:
+    """A config with the folders that are not given: the CogLM made last under `root`, or else the chain's model."""
+    has_coglm = any((root / COGLM_JOB).glob(f"*/{COMPLETE_NAME}"))
+    if config.checkpoint is None and has_coglm:
+        config = replace(config, checkpoint=latest_output(COGLM_JOB, flag="--checkpoint", root=root))
+    return fill_from_chain(config, PRODUCERS, root=root)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Both super-resolution stages of CogView2 are finetuned: what they read, what they leave alone, what they publish."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,11 @@ from cogview.errors import ConfigError
 from cogview.models.local_super_resolution import LocalSuperResolutionConfig
 from cogview.models.published import WEIGHTS_NAME, file_sha256, load_model, read_settings
 from cogview.models.published_stage import STAGE_SETTINGS_NAME, load_stage
+from cogview.sampling.cluster_choice import CogLMSampling
+from cogview.sampling.coglm import CogLM
+from cogview.sampling.completion import Completer, CompletionConfig
+from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
+from cogview.sampling.masks import Box
 from cogview.scenes.scene import corpus, draw_scene
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.pixels import pixel_batch
@@ -25,6 +31,8 @@ from pipelines.tasks.hierarchy import StageFinetuning, StageTask, mask_of
 from pipelines.tasks.scene_pictures import ScenePictures, scenes_or_tokens
 from tests.pipelines.job_runs import open_run
 from tests.pipelines.trained_folders import GRID, write_trained_folders
+from tests.sampling.small_coglm import GRID as COGLM_GRID
+from tests.sampling.small_coglm import write_small_coglm
 
 RATIO = 2
 LARGE = RATIO * GRID
@@ -148,7 +156,7 @@ def test_what_does_not_fit_is_refused(direct, iterative, tokens: Path, tmp_path:
         start(replace(direct, model=LocalSuperResolutionConfig(grid=LARGE, ratio=4)))
     with pytest.raises(ConfigError, match=r"pictures of \[4, 8\] codes along a side, and 12 are needed too"):
         start(replace(direct, model=LocalSuperResolutionConfig(grid=12, ratio=3)))
-    with pytest.raises(ConfigError, match="loop.sharding='full'"):
+    with pytest.raises(ConfigError, match=r"loop\.sharding='full'"):
         start(replace(direct, loop=replace(LOOP, sharding="full")))
     with pytest.raises(ConfigError, match="max_text=99: the backbone reads 44"):
         finetune_iterative_sr.settings_of(replace(iterative, max_text=99), tokens=tokens, output=tmp_path).start()
@@ -160,6 +168,36 @@ def test_what_does_not_fit_is_refused(direct, iterative, tokens: Path, tmp_path:
         replace(iterative, mask_shares=(0.0,))
     with pytest.raises(ConfigError, match="tokens is not given; give --tokens FOLDER"):
         scenes_or_tokens(replace(direct, scenes=None), folders={}, ratio=2, run=open_run(tmp_path))
+
+
+def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
+    write_small_coglm(tmp_path)
+    folders = {"text_tokenizer": tmp_path / "text", "image_tokenizer": tmp_path / "image"}
+    scenes = replace(SCENES, image_size=4 * COGLM_GRID)  # 4 pixels to a code
+    shape = LocalSuperResolutionConfig(grid=3 * COGLM_GRID, ratio=3)
+    for config, job in ((direct, finetune_direct_sr), (iterative, finetune_iterative_sr)):
+        model = replace(shape, stage=config.model.stage)
+        config = replace(config, checkpoint=tmp_path / "checkpoint", model=model, scenes=scenes, **folders)  # noqa: PLW2901
+        run = open_run(tmp_path / model.stage)
+        tokens = scenes_or_tokens(config, folders=folders, ratio=3, run=run)
+        settings = job.settings_of(config, tokens=tokens, output=run.output)
+        train(StageTask(settings, ranks=Ranks()), config=LOOP, output=run.output, identity={}, ranks=Ranks())
+    magnifier = HierarchicalMagnifier.load(tmp_path / "direct", tmp_path / "iterative", **folders)
+    assert not magnifier.direct.form.is_causal
+    coglm = CogLM.load(tmp_path / "checkpoint", **folders)
+    assert torch.equal(coglm.model.word_embeddings.weight, magnifier.direct.model.gpt.word_embeddings.weight)
+    fill = partial(coglm.fill, sampling=CogLMSampling(clusters=None))
+    completer = Completer(fill=fill, image_tokenizer=coglm.image_tokenizer, grid=COGLM_GRID, magnifier=magnifier)
+    pixels, box = torch.zeros(3, 64, 64, dtype=torch.uint8), Box(top=0.1, left=0.1, bottom=0.9, right=0.9)
+    [drawn] = completer.complete(
+        pixels,
+        box.mask(64, 64),
+        caption="a red dot",
+        seeds=[1],
+        config=CompletionConfig(),
+        sampling=HierarchicalSampling(clusters=None),
+    )
+    assert bool(drawn[:, 20:40, 20:40].any())
 
 
 @pytest.mark.ray
