@@ -3,9 +3,9 @@
 Command: make verify NAME=local_attention [ARGS="--only agreement memory"]
 *Agreement*: outputs and gradients of the form that suits the device against the same rule as a mask over a dense
 product in fp64; CogView2's own sizes (20 x 20 to 60 x 60, with and without a caption), causal windows, and grids,
-windows and ratios drawn at random. *Memory*: forward and backward of a 9 x 5 window over 32 x 32 to 128 x 128 codes: the
-peak above what the process held before, and what is kept for backward; linear memory multiplies by as much as the codes
-do. *Cost*: median seconds of forward and backward beside dense attention under the same mask, in the same run.
+windows and ratios drawn at random. *Memory*: forward and backward of a 9 x 5 window over 32 x 32 to 128 x 128 codes:
+the peak above what the process held before, and what is kept for backward; linear memory multiplies by as much as the
+codes do. *Cost*: median seconds of forward and backward beside dense attention under the same mask, in the same run.
 """
 
 import math
