@@ -30,7 +30,7 @@ SUBMIT = $(BIN)/ray job submit --address $(call quoted,CLUSTER) --working-dir . 
     --submission-id cogview-$(call quoted,PRESET)-$(shell date +%Y%m%d-%H%M%S) --
 
 # What is missing is said before anything is set up.
-ifneq ($(filter generate,$(MAKECMDGOALS)),)
+ifneq ($(filter generate generate-coglm,$(MAKECMDGOALS)),)
   $(if $(value PROMPT)$(value PROMPTS),,$(error say what to draw: make generate PROMPT="a large red circle on a blue background"))
 endif
 ifneq ($(filter caption,$(MAKECMDGOALS)),)
@@ -41,7 +41,7 @@ ifneq ($(filter verify,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention doctor dashboard status test lint format verify bench lock clean
+.PHONY: help setup pretrain generate finetune-captioning caption finetune-style finetune-fashion pretrain-coglm generate-coglm finetune-super-resolution super-resolve serve import-weights compare-image-tokenizers stress-stability analyse-attention doctor dashboard status test lint format verify bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -83,8 +83,20 @@ finetune-fashion: $(READY) ## One domain in high resolution, with a VQGAN: DATA=
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) && \
 	    $(BIN)/python -m pipelines finetune_fashion $(call quoted,PRESET) --root runs/fashion_$(call quoted,PRESET) $(ARGS)
 
-import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
-	@$(BIN)/python -m pipelines import_weights paper $(if $(value GPT),--gpt $(call quoted,GPT)) \
+pretrain-coglm: $(READY) ## CogView2's CogLM, which draws, captions and completes: DATA=/folder [CAPTIONS=zh,en] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines road coglm_$(call quoted,PRESET) $(if $(value DATA),--data $(call quoted,DATA)) \
+	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) && \
+	    $(BIN)/python -m pipelines cluster_codes $(call quoted,PRESET) --root runs/coglm_$(call quoted,PRESET) && \
+	    $(BIN)/python -m pipelines pretrain_coglm $(call quoted,PRESET) --root runs/coglm_$(call quoted,PRESET) $(ARGS)
+
+generate-coglm: $(READY) ## Draw with the CogLM trained last: PROMPT="..." or PROMPTS=/file [STYLE=oil] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines generate_coglm $(call quoted,PRESET) --root runs/coglm_$(call quoted,PRESET) \
+	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value PROMPTS),--prompts-file $(call quoted,PROMPTS)) \
+	    $(if $(value STYLE),--style $(call quoted,STYLE)) $(ARGS)
+
+import-weights: $(READY) ## Released weights to folders of ours: GPT=/folder (or COGLM=/folder) IMAGE=/file.pt TEXT=/file.model [ARGS="..."]
+	@$(BIN)/python -m pipelines import_weights $(if $(value COGLM),coglm --gpt $(call quoted,COGLM),paper) \
+	    $(if $(value GPT),--gpt $(call quoted,GPT)) \
 	    $(if $(value IMAGE),--image-tokenizer $(call quoted,IMAGE)) \
 	    $(if $(value TEXT),--text-tokenizer $(call quoted,TEXT)) $(ARGS)
 

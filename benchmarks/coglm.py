@@ -1,10 +1,10 @@
 """One set of weights that draws, names and completes: CogLM on scenes with combinations that it never saw.
 
 Command: make verify NAME=coglm [ARGS="--scenes 400 --root runs/coglm_smoke"]; unknown flags go to pretrain_coglm
-A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages, and
-writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it is
-given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what is
-visible cannot tell the answer, so what is drawn into the box must come from the text.
+A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages,
+and writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it
+is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what
+is visible cannot tell the answer, so what is drawn into the box must come from the text.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.captioning import judge as judge_captions
-from benchmarks.chains import MODELS, run_job, stage_folders
+from benchmarks.chains import run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, judge, score_attributes
 from cogview.evaluation.grids import from_pictures, to_pictures
@@ -41,7 +41,7 @@ BATCH = 50
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 SIDE = 64  # of which a scene's measures are parts
 REACH = 1.2  # of a shape's outline, in radii
-TOKENIZERS = {name: job for name, job in MODELS.items() if name != "checkpoint"}
+MODELS = ("train_text_tokenizer", "train_image_tokenizer")  # of the chain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,17 @@ def trained_coglm(root: Path, flags: Sequence[str] = ()) -> CogLM:
     """The CogLM under this root, with its chain, trained now if it is not there yet."""
     run_job("road", root=root, preset="coglm_smoke")
     run_job("pretrain_coglm", *flags, root=root)
-    folders = stage_folders(root, *TOKENIZERS.values())
-    tokenizers = {name: folders[job] for name, job in TOKENIZERS.items()}
-    return CogLM.load(latest_output("pretrain_coglm", flag="--checkpoint", root=root), **tokenizers)
+    return finished_coglm(root)
+
+
+def finished_coglm(root: Path) -> CogLM:
+    """The CogLM that was trained last under a root, with the tokenizers of the chain."""
+    folders = stage_folders(root, *MODELS)
+    return CogLM.load(
+        latest_output("pretrain_coglm", flag="--checkpoint", root=root),
+        text_tokenizer=folders["train_text_tokenizer"],
+        image_tokenizer=folders["train_image_tokenizer"],
+    )
 
 
 def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
@@ -84,10 +92,12 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
     figures |= {"captions/attributes right": named["mean"].value}
     figures |= {f"captions/{name}": named[name].value for name in ("shape", "colour", "size", "background", "position")}
     figures |= {f"captions/{language}": score_attributes(judged[language])["mean"].value for language in LANGUAGES}
-    filled = fill(coglm, holes(coglm, scenes, seed=seed + 2))
+    filled = fill(coglm, holes(scenes, grid=coglm.layout.grid, seed=seed + 2))
     both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
     figures |= {"completion/colour and shape right": sum(both) / len(both)}
-    figures |= {f"completion/{name}": sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")}
+    figures |= {
+        f"completion/{name}": sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")
+    }
     say(f"completion: {figures['completion/colour and shape right']:.1%} right in colour and shape")
     return figures
 
@@ -131,7 +141,7 @@ def fill(coglm: CogLM, some: Sequence[Hole]) -> list[JudgedPicture]:
     return judged
 
 
-def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
+def holes(number: int, *, grid: int, seed: int) -> list[Hole]:
     """Pictures with a small shape under a box, asked to show a held-out one of another kind and colour in its place.
 
     A large shape touches nearly every code: with it hidden there would be no picture left to complete. In half of the
@@ -148,7 +158,7 @@ def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
         found.append(
             Hole(
                 picture=replace(prompt.scene, shapes=(there, *others)),
-                hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=coglm.layout.grid),
+                hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=grid),
                 asked=prompt.scene,
                 caption=prompt.caption,
             )
@@ -157,12 +167,10 @@ def holes(coglm: CogLM, number: int, *, seed: int) -> list[Hole]:
 
 
 def box_around(centre: tuple[float, float], *, reach: float, grid: int) -> Tensor:
-    """bool [grid, grid], True for the codes that a shape touches, and those beside them, which saw it."""
+    """bool [grid, grid], True for the codes that a shape touches."""
     code = SIDE / grid
     hidden_GG = torch.zeros(grid, grid, dtype=torch.bool)
-    columns, rows = (
-        slice(max(0, math.floor((at - reach) / code)), math.ceil((at + reach) / code)) for at in centre
-    )
+    columns, rows = (slice(max(0, math.floor((at - reach) / code)), math.ceil((at + reach) / code)) for at in centre)
     hidden_GG[rows, columns] = True
     return hidden_GG
 

@@ -1,8 +1,8 @@
 """Write captions for pictures: image files, or what generate drew.
 
 Command: make caption IMAGES=/folder
-Reads:   a picture, a folder of pictures or the output of generate; the outputs of finetune_captioning (or a released
-         captioner, imported) and of both tokenizers
+Reads:   a picture, a folder of pictures or the output of generate; the outputs of finetune_captioning (or of
+         pretrain_coglm, or a released captioner, imported) and of both tokenizers
 Writes:  captions.parquet (every caption with its log-probability), captions.png, rejected.parquet (unreadable pictures)
 Time:    smoke: about a second for 100 pictures of 64 x 64 pixels in two languages on two cores
 """
@@ -26,8 +26,9 @@ from cogview.evaluation.grids import Tile, draw_sheet
 from cogview.records.images import decode_image
 from cogview.records.pair import Unusable
 from cogview.sampling.caption_search import BeamConfig, draw_captions, search_captions
-from cogview.sampling.captioning import Caption, Captioner, Language
+from cogview.sampling.captioning import Caption, CaptionModel, Language
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.coglm_captioning import load_captioner
 from cogview.shards.manifest import atomic_file
 from cogview.tokenizers.pixels import pixel_batch, square_pixels
 from pipelines.runtime.chain import fill_from_chain, latest_output
@@ -61,7 +62,8 @@ class Config:
     """Folders that are not given are those that ran last under the root.
 
     images: a picture, a folder of pictures (searched through), or the output of generate; captioner: the output of
-    finetune_captioning, or an imported captioner, with the text_tokenizer and image_tokenizer that it was trained with.
+    finetune_captioning or pretrain_coglm, or an imported captioner, with the text_tokenizer and image_tokenizer that it
+    was trained with.
     language: of the captions: "en" allows no Chinese character, "zh" no Latin letter, "any" everything; several give a
     caption in each. method: "greedy" takes the likeliest token, "sampled" draws by `sampling`, "beam" searches by
     `beams`. captions: of each picture in each language; greedy has one.
@@ -118,7 +120,7 @@ def main(config: Config, run: JobRun) -> None:
     """Caption every readable picture, and write the table and the sheet."""
     torch.set_num_threads(config.threads)
     folders = given_folders(config, {"captioner": "finetune_captioning", **SOURCES})
-    captioner = Captioner.load(
+    captioner = load_captioner(
         folders["captioner"],
         text_tokenizer=folders["text_tokenizer"],
         image_tokenizer=folders["image_tokenizer"],
@@ -198,7 +200,7 @@ def readable(
 
 
 def caption_batch(
-    batch: Sequence[tuple[Source, Image.Image]], *, captioner: Captioner, first: int, config: Config, run: JobRun
+    batch: Sequence[tuple[Source, Image.Image]], *, captioner: CaptionModel, first: int, config: Config, run: JobRun
 ) -> list[list[dict[str, Any]]]:
     """The rows of each picture: its captions, language by language, the likeliest first."""
     codes_Bhw = encode([picture for _, picture in batch], captioner=captioner)
@@ -228,7 +230,7 @@ def caption_batch(
     return rows
 
 
-def encode(pictures: Sequence[Image.Image], *, captioner: Captioner) -> torch.Tensor:
+def encode(pictures: Sequence[Image.Image], *, captioner: CaptionModel) -> torch.Tensor:
     """Image codes of square pictures, int64 [B, grid, grid]."""
     device = captioner.model.word_embeddings.weight.device
     pixels = pixel_batch([np.asarray(picture) for picture in pictures])
@@ -237,7 +239,7 @@ def encode(pictures: Sequence[Image.Image], *, captioner: Captioner) -> torch.Te
 
 
 def write_captions(
-    captioner: Captioner, codes_Bhw: torch.Tensor, *, first: int, language: Language, config: Config
+    captioner: CaptionModel, codes_Bhw: torch.Tensor, *, first: int, language: Language, config: Config
 ) -> list[list[tuple[Caption, int]]]:
     """For each picture its captions with their seeds (0 where nothing is drawn), the likeliest first.
 

@@ -3,36 +3,40 @@
 Command: python -m pipelines import_weights paper --gpt FOLDER --image-tokenizer FILE --text-tokenizer FILE
 Reads:   CogView's checkpoint folder (mp_rank_XX_model_states.pt), its VQ-VAE (or DALL-E's dVAE, or a VQGAN of
          taming-transformers) and SentencePiece model
+         With the preset coglm CogView2's: CogLM's folder, in SwissArmyTransformer's naming, and icetk's two files
 Writes:  gpt/ (model.safetensors, model.json), image_tokenizer/, text_tokenizer/, manifest.json
 Time:    as long as the disk needs to read the files twice and to write them once: a few minutes for the 8 GB model
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
 
-from cogview.config import input_field
+from cogview.config import input_field, later_field
 from cogview.errors import CheckpointError, ConfigError, VocabularyError
 from cogview.models.gpt import GPTConfig, count_parameters
 from cogview.models.published import save_weights
 from cogview.models.released import ReleasedGPT, open_released_gpt
+from cogview.sampling.coglm import TASK as COGLM
+from cogview.sequences.coglm import CogLMLayout
 from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
-from cogview.tokenizers.dvae import DVAETokenizer
+from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
+from cogview.tokenizers.icetk_image import from_icetk, is_icetk
 from cogview.tokenizers.released import from_released_vqvae, load_released_dvae
+from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.taming import from_taming, is_taming
 from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.tokenizer_files import SETTINGS_NAME as IMAGE_SETTINGS
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.tokenizers.vqgan import VQGANTokenizer
-from cogview.tokenizers.vqvae import ImageTokenizer
 from cogview.weight_files import read_weights, require_sha256
 from pipelines.runtime.jobs import Job, JobRun
 
-ImportedTokenizer = ImageTokenizer | VQGANTokenizer | DVAETokenizer
+Kind = Literal["cogview", "coglm"]
 Precision = Literal["stored", "fp32", "bf16", "fp16"]
 DTYPES: Mapping[Precision, torch.dtype | None] = {
     "stored": None,
@@ -52,9 +56,10 @@ class Config:
     """What to import. A tokenizer can be imported alone; a GPT needs both, which its folder then names.
 
     gpt: folder with latest_checkpointed_iteration.txt or mp_rank_00_model_states.pt, or one file; image_tokenizer: the
-    file of a VQ-VAE or VQGAN, or a folder with a dVAE's encoder and decoder; text_tokenizer: a SentencePiece .model.
+    file of a VQ-VAE or VQGAN, a folder with a dVAE's encoder and decoder, or the output of train_image_tokenizer;
+    text_tokenizer: a SentencePiece .model.
     image_sha256, text_sha256: what the files must be, if given. num_heads: 0 for hidden / 64. grid: image codes along
-    one side of a picture. precision: of the GPT that is written.
+    one side of a picture. precision: of the GPT that is written. kind: whose GPT it is, and so what its ids mean.
     unsafe_pickle: RUNS THE CODE in files that the safe reader refuses; only for files of someone you trust.
     """
 
@@ -67,10 +72,13 @@ class Config:
     grid: int = 32
     precision: Precision = "stored"
     unsafe_pickle: bool = False
+    kind: Kind = later_field("cogview")
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise ConfigError(f"precision={self.precision!r}: choose one of {', '.join(DTYPES)}")
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"kind={self.kind!r}: choose one of {', '.join(get_args(Kind))}")
         if self.grid < 1 or self.num_heads < 0:
             raise ConfigError(
                 f"grid={self.grid}, num_heads={self.num_heads}: give a grid of 1 or more, heads of 0 or more"
@@ -81,6 +89,7 @@ PAPER = Config()  # 32 x 32 codes of 8 x 8 pixels: pictures of 256 pixels a side
 PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(PAPER, grid=8),  # the small pictures of the other smoke presets
+    "coglm": replace(PAPER, grid=20, kind="coglm"),
 }
 
 
@@ -118,16 +127,21 @@ def import_text(path: Path, *, config: Config, output: Path) -> TextTokenizer:
     return tokenizer
 
 
-def import_image(path: Path, *, config: Config, output: Path) -> ImportedTokenizer:
+def import_image(path: Path, *, config: Config, output: Path) -> AnyImageTokenizer:
     """The image tokenizer, now in a folder of ours."""
-    tokenizer: ImportedTokenizer
-    if path.is_dir():
+    tokenizer: AnyImageTokenizer
+    if (path / IMAGE_SETTINGS).is_file():
+        tokenizer = load_image_tokenizer(path)
+    elif path.is_dir():
         tokenizer = load_released_dvae(
             _only(path, "encoder.*"), _only(path, "decoder.*"), unsafe_pickle=config.unsafe_pickle
         )
     else:
         weights = read_weights(path, sha256=config.image_sha256, unsafe_pickle=config.unsafe_pickle)
-        tokenizer = from_taming(weights) if is_taming(weights) else from_released_vqvae(weights, path=path)
+        if is_icetk(weights):
+            tokenizer = from_icetk(weights, path=path)
+        else:
+            tokenizer = from_taming(weights) if is_taming(weights) else from_released_vqvae(weights, path=path)
     tokenizer.save(output / "image_tokenizer")
     return tokenizer
 
@@ -136,23 +150,14 @@ def import_gpt(
     released: ReleasedGPT,
     *,
     text: TextTokenizer,
-    image: ImportedTokenizer,
+    image: AnyImageTokenizer,
     config: Config,
     run: JobRun,
 ) -> None:
     """Write the weights with what `generate` needs to know of them: tokenizers, grid and length."""
-    vocabulary = require_vocabulary(released.config, num_codes=image.num_codes, num_pieces=text.num_pieces)
-    length = released.config.max_positions
-    LAYOUT.text_budget(length=length, num_image_tokens=config.grid**2)  # raises if the grid does not fit
+    describe = coglm_settings if config.kind == "coglm" else cogview_settings
     settings: dict[str, Any] = {
-        "fingerprints": {
-            "text_tokenizer": text.fingerprint,
-            "image_tokenizer": image.fingerprint,
-            "vocabulary": vocabulary.fingerprint,
-        },
-        "grid": config.grid,
-        "length": length,
-        "is_image_fixed": False,
+        **describe(released.config, text=text, image=image, grid=config.grid),
         "iteration": released.iteration,
         "sources": {file.name: require_sha256(file) for file in released.files},
     }
@@ -165,6 +170,52 @@ def import_gpt(
         run.say(f"{len(extras)} tensors that are no part of a GPT are kept in {folder / EXTRAS_NAME}")
     run.scores["parameters"] = count_parameters(released.config)
     run.scores["model_parallel_ranks"] = len(released.files)
+
+
+def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: AnyImageTokenizer, grid: int) -> dict[str, Any]:
+    """What `generate` needs to know of a CogView. ConfigError where the grid does not fit."""
+    vocabulary = require_vocabulary(model, num_codes=image.num_codes, num_pieces=text.num_pieces)
+    LAYOUT.text_budget(length=model.max_positions, num_image_tokens=grid**2)  # raises if the grid does not fit
+    return {
+        "fingerprints": fingerprints(text, image, vocabulary),
+        "grid": grid,
+        "length": model.max_positions,
+        "is_image_fixed": False,
+    }
+
+
+def coglm_settings(model: GPTConfig, *, text: TextTokenizer, image: AnyImageTokenizer, grid: int) -> dict[str, Any]:
+    """What `generate_coglm` needs to know of a CogLM; its captions have no end. Raises what does not fit."""
+    vocabulary = BilingualVocabulary(num_image_codes=image.num_codes, text=text.ranges)
+    if model.vocab_size < vocabulary.num_ids:
+        raise VocabularyError(
+            f"the GPT has {model.vocab_size:,} embedding rows; {image.num_codes:,} image codes and {text.num_pieces:,} "
+            f"text pieces need {vocabulary.size:,}: give the tokenizers that it was trained with"
+        )
+    layout = CogLMLayout(grid=grid)
+    if layout.num_positions > model.max_positions:
+        raise ConfigError(
+            f"grid={grid}: codes up to position {layout.num_positions - 1} do not fit the model's "
+            f"{model.max_positions} positions; give the grid that it was trained with"
+        )
+    return {
+        "task": COGLM,
+        "fingerprints": fingerprints(text, image, vocabulary),
+        "grid": grid,
+        "layout": asdict(layout),
+        "ends_text": False,
+    }
+
+
+def fingerprints(
+    text: TextTokenizer, image: AnyImageTokenizer, vocabulary: Vocabulary | BilingualVocabulary
+) -> dict[str, str]:
+    """What a checkpoint carries and every reader checks."""
+    return {
+        "text_tokenizer": text.fingerprint,
+        "image_tokenizer": image.fingerprint,
+        "vocabulary": vocabulary.fingerprint,
+    }
 
 
 def require_vocabulary(model: GPTConfig, *, num_codes: int, num_pieces: int) -> Vocabulary:

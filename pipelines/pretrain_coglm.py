@@ -84,14 +84,15 @@ SMOKE = replace(
     max_text=28,
     image_position=0,
     tasks=CogLMTasks(
-        understanding_share=0.2,
+        understanding_share=0.2,  # with captions in two languages each
         completion_share=0.2,  # beyond the release: so that a hole is filled from the text
         patch_side=2,  # of 8 x 8 codes, about what 4 is of 20 x 20
     ),
+    text_loss_weight=2.0,  # one row in five has captions
     loop=LoopConfig(
         num_steps=3000,
         global_batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=5e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
+        optimizer=OptimizerConfig(learning_rate=8e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
         validate_every=1000,
         checkpoint_every=500,

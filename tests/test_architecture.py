@@ -27,7 +27,9 @@ ROOMS: dict[str, frozenset[str]] = {
     "filters": frozenset({"records", "errors", "config", "shards.manifest"}),
     "tokenizers": frozenset({"errors", "config", "records.images", "weight_files"}),
     "shards": frozenset({"errors", "config"}),
-    "sequences": frozenset({"errors", "shards.schema", "tokenizers.vocabulary"}),
+    "sequences": frozenset(
+        {"errors", "shards.schema", "tokenizers.vocabulary", "tokenizers.bilingual_vocabulary"}  # which id means what
+    ),
     "models": frozenset({"errors", "config", "weight_files"}),
     "training": frozenset({"models", "sequences", "errors", "config", "shards"}),
     "sampling": frozenset({"models", "sequences", "tokenizers", "errors"}),

@@ -63,7 +63,7 @@ def staged_mask(stages_BL: Tensor, groups_BL: Tensor) -> Tensor:
     """bool [B, 1, L, L]: a token sees those of its own or an earlier stage, if they are of its group or of group 0.
 
     One stage for several tokens lets them see each other; a stage for each makes them causal, in the order of their
-    stages and not of their places (CogView2, section 3.2: masks that lie in the attention alone).
+    stages and not of their places (CogView2: masks that lie in the attention alone).
     """
     is_reached_BLL = stages_BL[:, None, :] <= stages_BL[:, :, None]
     is_ours_BLL = (groups_BL[:, None, :] == 0) | (groups_BL[:, None, :] == groups_BL[:, :, None])

@@ -198,7 +198,8 @@ class Captioner:
         ids_BL = torch.cat([prompts, texts_BT[:, :-1] + self.vocabulary.text_offset], dim=1)
         positions_L = self.positions(num_text=texts_BT.shape[1] - 1)
         positions_BL = torch.tensor(positions_L, device=texts_BT.device).expand_as(ids_BL)
-        return self.model(ids_BL, positions_BL)[:, -texts_BT.shape[1] :]
+        hidden_BTE: Tensor = self.model(ids_BL, positions_BL)[:, -texts_BT.shape[1] :]
+        return hidden_BTE
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Drawing a code by way of its cluster (CogView2, section 4.1; its release).
+"""Drawing a code by way of its cluster (CogView2; its release).
 
 With 20,000 codes many mean nearly the same: top-k over single codes cuts such a family in two, and a family of forty
 near-whites wins over a likelier code that stands alone. So the probabilities of each cluster are summed, the likeliest

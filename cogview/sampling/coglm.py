@@ -95,7 +95,7 @@ class CogLM:
         progress: Callable[[int, int], None] | None = None,
         watch: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> Tensor:
-        """Image codes int64 [B, h, w], one picture for each caption and seed (progress, watch: `fill_hidden_codes`)."""
+        """Image codes int64 [B, h, w], a picture for each caption and seed (progress, watch: `fill_hidden_codes`)."""
         shape = (len(captions), self.layout.grid, self.layout.grid)
         hidden_Bhw = torch.ones(shape, dtype=torch.bool)
         empty_Bhw = torch.zeros(shape, dtype=torch.int64)
@@ -114,7 +114,7 @@ class CogLM:
         progress: Callable[[int, int], None] | None = None,
         watch: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> Tensor:
-        """Codes int64 [B, h, w]: `codes_Bhw` with those drawn that the bool mask `hidden_Bhw` hides, by the captions."""
+        """Codes int64 [B, h, w]: `codes_Bhw` with those drawn, by the captions, that the mask `hidden_Bhw` hides."""
         labels_K = self.clusters.labels_K.to(self.model.word_embeddings.weight.device) if self.clusters else None
         return fill_hidden_codes(
             self.model,

@@ -1,10 +1,10 @@
-"""CogLM as a captioner: `codes <start_of_english>` or `codes <start_of_chinese>`, then the text (CogView2, section 3.2).
+"""CogLM as a captioner: `codes <start_of_english>` or `codes <start_of_chinese>`, then the text (CogView2).
 
 It has what `caption_search` and CapLoss ask of a captioner, so the weights that draw pictures also write captions, and
 order their own pictures by how well the caption can be read off them: inverse prompting, CogView2's post-selection.
 """
 
-# B images, R rows (images x beams), P different images, N codes, L sequence, K choices: the pieces and the end, E hidden
+# B images, R rows (images x beams), P different images, N codes, L sequence, K choices: pieces and the end, E hidden
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,7 +136,8 @@ class CogLMCaptioner:
         starts_B1 = torch.tensor([[self.vocabulary.start_of_text(tongue)] for tongue in tongues])
         behind_BT = torch.cat([starts_B1.to(texts_BT.device), texts_BT[:, :-1] + self.vocabulary.text_offset], dim=1)
         ids_BL, positions_BL, allowed = self._row(codes_Bhw.flatten(1).to(texts_BT.device), behind_BT)
-        return self.model(ids_BL, positions_BL, allowed=allowed)[:, -texts_BT.shape[1] :]
+        hidden_BTE: Tensor = self.model(ids_BL, positions_BL, allowed=allowed)[:, -texts_BT.shape[1] :]
+        return hidden_BTE
 
     def _row(self, codes_BN: Tensor, texts_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [B, L], positions [B, L] and mask [B, 1, L, L] of pictures that see themselves, and texts behind them."""

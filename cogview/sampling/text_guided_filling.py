@@ -1,10 +1,10 @@
-"""Codes drawn by CogLM where a mask hides them: a whole picture, or a hole in one (CogView2, sections 3.2 and 4.1).
+"""Codes drawn by CogLM where a mask hides them: a whole picture, or a hole in one (CogView2).
 
-In: texts, grids of codes and masks of what is hidden, one of each for every row. Out: the grids with hidden codes drawn,
-row by row of the picture; visible codes are never changed. The text is read first, each of its tokens seeing all of
-them; then, if anything is visible, the token that begins the image and the visible codes, which see the text and each
-other; then the hidden codes one by one, each run of them led by a copy of the code before it. With everything hidden
-that is CogLM's text to image.
+In: texts, grids of codes and masks of what is hidden, one of each for every row. Out: the grids with hidden codes
+drawn, row by row of the picture; visible codes are never changed. The text is read first, each of its tokens seeing all
+of them; then, if anything is visible, the token that begins the image and the visible codes, which see the text and
+each other; then the hidden codes one by one, each run of them led by a copy of the code before it. With everything
+hidden that is CogLM's text to image.
 """
 
 # B batch, N codes of a picture, L prefix, K prefix and steps, S steps, h w grid
@@ -50,15 +50,7 @@ def fill_hidden_codes(
     fewer hidden codes than others repeat their last). Rows may hide different places, and different numbers of them.
     Raises ConfigError for another grid than the layout's, SchemaError for numbers of rows that differ.
     """
-    if not len(texts) == len(codes_Bhw) == len(hidden_Bhw) == len(seeds):
-        raise SchemaError(
-            f"{len(texts)} texts, {len(codes_Bhw)} pictures, {len(hidden_Bhw)} masks, {len(seeds)} seeds; give one of each"
-        )
-    if codes_Bhw.shape != hidden_Bhw.shape or codes_Bhw.shape[1:] != (layout.grid, layout.grid):
-        raise ConfigError(
-            f"codes {tuple(codes_Bhw.shape)} and masks {tuple(hidden_Bhw.shape)}: this model draws grids of "
-            f"{layout.grid} x {layout.grid} codes"
-        )
+    _check(texts, codes_Bhw, hidden_Bhw, seeds, layout=layout)
     device = model.word_embeddings.weight.device
     codes_BN, hidden_BN = codes_Bhw.flatten(1).to(device, torch.int64).clone(), hidden_Bhw.flatten(1).cpu()
     steps = [_steps(hidden_N) for hidden_N in hidden_BN]
@@ -67,7 +59,14 @@ def fill_hidden_codes(
         return codes_BN.view_as(codes_Bhw)
     sources_BS, targets_BS = _side_by_side(steps, length=num_steps).to(device).unbind(2)
     bias_BK, cache = _read_prefix(
-        model, texts, codes_BN, hidden_BN, vocabulary=vocabulary, layout=layout, bonus=sampling.text_bonus, steps=num_steps
+        model,
+        texts,
+        codes_BN,
+        hidden_BN,
+        vocabulary=vocabulary,
+        layout=layout,
+        bonus=sampling.text_bonus,
+        steps=num_steps,
     )
     draws_BS2 = uniform_draws(list(seeds), length=2 * num_steps, device=device).view(len(texts), num_steps, 2)
     drawn: list[Tensor] = []
@@ -87,6 +86,21 @@ def fill_hidden_codes(
         if watch is not None:
             watch(drawn)
     return codes_BN.view_as(codes_Bhw)
+
+
+def _check(
+    texts: Sequence[Sequence[int]], codes_Bhw: Tensor, hidden_Bhw: Tensor, seeds: Sequence[int], *, layout: CogLMLayout
+) -> None:
+    if not len(texts) == len(codes_Bhw) == len(hidden_Bhw) == len(seeds):
+        raise SchemaError(
+            f"{len(texts)} texts, {len(codes_Bhw)} pictures, {len(hidden_Bhw)} masks and {len(seeds)} seeds; "
+            "give one of each"
+        )
+    if codes_Bhw.shape != hidden_Bhw.shape or codes_Bhw.shape[1:] != (layout.grid, layout.grid):
+        raise ConfigError(
+            f"codes {tuple(codes_Bhw.shape)} and masks {tuple(hidden_Bhw.shape)}: this model draws grids of "
+            f"{layout.grid} x {layout.grid} codes"
+        )
 
 
 def _steps(hidden_N: Tensor) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cogview.errors import CheckpointError, VocabularyError
 from cogview.models.gpt import GPT
-from cogview.models.published import load_model
+from cogview.models.published import load_model, read_settings
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig
 from cogview.sequences.layout import TASKS
@@ -50,13 +50,16 @@ class TextToImage:
         Raises VocabularyError if the tokenizers are not those of the checkpoint, CheckpointError for a damaged file or
         a model that was finetuned for something else.
         """
+        task = read_settings(checkpoint).get("task", "text_to_image")
+        if task != "text_to_image":
+            other = "; a CogLM draws with generate_coglm" if task == "coglm" else ""
+            raise CheckpointError(
+                f"{checkpoint} was trained for {task}, not to draw as CogView does; give the output of pretrain{other}"
+            )
         trained = load_trained(
             checkpoint, text_tokenizer=text_tokenizer, image_tokenizer=image_tokenizer, device=device
         )
         settings = trained.settings
-        task = settings.get("task", "text_to_image")
-        if task != "text_to_image":
-            raise CheckpointError(f"{checkpoint} was finetuned for {task}, not to draw; give the output of pretrain")
         return cls(
             model=trained.model,
             text_tokenizer=trained.text_tokenizer,

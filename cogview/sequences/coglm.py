@@ -1,4 +1,4 @@
-"""CogLM's rows: text and image in one row, of which what is hidden is predicted in order (CogView2, section 3.2).
+"""CogLM's rows: text and image in one row, of which what is hidden is predicted in order (CogView2).
 
 In: texts, image codes and a generator. Out: rows whose attention is told by two numbers for each token. A token sees
 those of its own or an earlier *stage*, if they are of its *group* or of group 0. So context is one stage, in which all
@@ -71,8 +71,8 @@ class CogLMTasks:
     understanding_share: of rows with a picture, 0.3 in the release (`image_caption_ratio`); completion_share: of the
     same, rows to complete, 0 in the release. text_only_share, image_only_share: of all pairs, those of which only the
     text or the picture is used; the release takes texts from files of their own.
-    patch_rule, patch_share, patch_side: see `hidden_patches`; the paper's rule goes with a share of 0.75. box_shares: of
-    completion, see `hidden_box`; span_mean, span_share: see `hidden_spans`.
+    patch_rule, patch_share, patch_side: see `hidden_patches`; the paper's rule goes with a share of 0.75. box_shares:
+    of completion, see `hidden_box`; span_mean, span_share: see `hidden_spans`.
     ends_text: a caption ends with `<pad>`; the release's captions have no end.
     """
 
@@ -220,7 +220,8 @@ class RowMaker:
 
     def _pieces(self, text: IdSequence) -> Ints:
         pieces = np.asarray(text, dtype=np.int64)
-        return pieces[pieces != PAD_PIECE][: self.layout.max_text]
+        kept: Ints = pieces[pieces != PAD_PIECE][: self.layout.max_text]
+        return kept
 
     def _patches(self, generator: np.random.Generator) -> Hidden:
         tasks = self.tasks

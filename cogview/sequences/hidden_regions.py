@@ -1,4 +1,4 @@
-"""What CogLM hides of a row: patches of a picture, a box of it, spans of a text (CogView2, section 3.2).
+"""What CogLM hides of a row: patches of a picture, a box of it, spans of a text (CogView2).
 
 In: sizes and a generator. Out: bool arrays, True where a token is hidden from the context. Hidden tokens are not
 replaced: they stay in the row, and the attention keeps them from being seen too soon.

@@ -1,4 +1,4 @@
-"""A text tokenizer whose pieces are ordered by language, as icetk's are (CogView2, section 3.1).
+"""A text tokenizer whose pieces are ordered by language, as icetk's are (CogView2).
 
 In: a SentencePiece model, as bytes. Out: the same model with common pieces first, then English, Chinese and rare ones,
 so that an id tells the language of its piece; and the number of each kind in a model that is ordered so. Ids change,

@@ -1,4 +1,4 @@
-"""Clusters of codes that look alike: k-means over the codebook's vectors (CogView2, section 4.1: 500 of 20,000 codes).
+"""Clusters of codes that look alike: k-means over the codebook's vectors (CogView2: 500 of 20,000 codes).
 
 In: the vectors of a codebook. Out: the cluster of each code, for cluster sampling; on disk the release's own file,
 `cluster_label.npy` (int64, one label for each code), with a JSON that says whose codes they are.
@@ -56,7 +56,12 @@ class CodeClusters:
             labels_K = np.load(file, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} holds no clusters ({error}); run cluster_codes") from error
-        if labels_K.ndim != 1 or not len(labels_K) or not np.issubdtype(labels_K.dtype, np.integer) or labels_K.min() < 0:
+        if (
+            labels_K.ndim != 1
+            or not len(labels_K)
+            or not np.issubdtype(labels_K.dtype, np.integer)
+            or labels_K.min() < 0
+        ):
             raise CheckpointError(f"{file} is {labels_K.dtype} {labels_K.shape}; clusters are one number for each code")
         settings = path / SETTINGS_NAME
         named = json.loads(settings.read_text())["image_tokenizer"] if path.is_dir() and settings.is_file() else ""
@@ -91,7 +96,7 @@ def cluster_codes(vectors_KD: Tensor, *, num_clusters: int, seed: int, max_round
 
 
 def _spread_starts(vectors_KD: Tensor, *, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each further start is drawn by its squared distance to the nearest one (Arthur, Vassilvitskii, 2007)."""
+    """k-means++: each further start is drawn by its squared distance to the nearest (Arthur, Vassilvitskii, 2007)."""
     first = int(torch.randint(len(vectors_KD), (1,), generator=generator))
     starts = [first]
     distances_K = (vectors_KD - vectors_KD[first]).square().sum(dim=1)

@@ -49,8 +49,8 @@ class TextTokenizerConfig:
     split_chinese: no piece has more than one Chinese character. A small corpus repeats its phrases, and without spaces
     between them BPE would learn whole phrases by heart; a large one teaches words, as the released model shows.
     max_texts: the rest of a larger corpus is not read.
-    is_bilingual: CogView2's form: with `<pad>`, and the pieces ordered by language as icetk's are. model_type: CogView's
-    "bpe", or icetk's "unigram", which cuts rare words into more pieces and cannot learn a word from one form of it alone.
+    is_bilingual: CogView2's form: with `<pad>`, and the pieces ordered by language as icetk's are. model_type:
+    CogView's "bpe", or icetk's "unigram", which on a small corpus cannot learn a word that has one form only.
     """
 
     num_pieces: int = 50_000

@@ -1,4 +1,4 @@
-"""CogLM's training loss: cross-entropy of what is hidden, reported for each part of it (CogView2, section 3.2)."""
+"""CogLM's training loss: cross-entropy of what is hidden, reported for each part of it (CogView2)."""
 
 # B batch, L sequence, N labels, E hidden, V vocabulary
 

@@ -1,7 +1,7 @@
 """CogLM as a training task: token rows as batches of its kinds, held-out losses, pictures, published weights.
 
-In: the output folders of tokenize_pairs, of a bilingual text tokenizer and of an image tokenizer, and a GPT. Out: a task
-for the training loop (CogView2, section 3.2). What kind of row a pair becomes, and what is hidden of it, is drawn from
+In: the output folders of tokenize_pairs, of a bilingual text tokenizer and of an image tokenizer, and a GPT. Out: a
+task for the training loop (CogView2). What kind of row a pair becomes, and what is hidden of it, is drawn from
 the seed, the step and the row's number alone, so it is the same on any number of workers and after a resume.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -22,14 +23,16 @@ from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import TASK, CogLM
 from cogview.sequences.coglm import CogLMLayout, CogLMTasks, RowMaker
 from cogview.sequences.coglm_batch import CogLMBatch, collate
+from cogview.sequences.layout import IdSequence
 from cogview.shards.order import SampleOrder
-from cogview.shards.reader import TokenRows
+from cogview.shards.reader import TokenRows, TokenShards
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
 from cogview.training.coglm import CogLMLoss, weighted
 from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
 from pipelines.runtime.workers import PICTURE_KEY
 from pipelines.tasks.language_model import Parts
 
+Numbers = npt.NDArray[np.int64]
 VALIDATION_ROWS_AT_ONCE = 32
 DRAWN_PLAINLY = CogLMSampling(text_bonus=0.0, clusters=None, tokens=SamplingConfig())
 
@@ -59,16 +62,20 @@ class CogLMTask:
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """This worker's rows of a step."""
-        indices = ranks.share(self.order.indices(step))
-        rows = self.parts.train.rows(indices, with_texts=False)
-        return weighted(self.lay_out(rows, indices.tolist(), step=step))
+        return weighted(self.lay_out(self.parts.train, ranks.share(self.order.indices(step)), step=step))
 
-    def lay_out(self, rows: TokenRows, numbers: list[int], *, step: int) -> CogLMBatch:
-        """Token rows as the model reads them; `numbers` and the step decide what is drawn for each."""
-        made = []
-        for number, text_ids, codes in zip(numbers, rows.text_ids, rows.image_codes, strict=True):
+    def lay_out(self, shards: TokenShards, numbers: Numbers, *, step: int) -> CogLMBatch:
+        """Rows of a split as the model reads them; their numbers and the step decide what is drawn for each.
+
+        A caption of the same picture in the other language comes along, where it is the row before or behind.
+        """
+        around = np.clip(numbers[:, None] + np.array([0, -1, 1]), 0, len(shards) - 1)
+        rows, made = shards.rows(around.ravel(), with_texts=False), []
+        for place, number in enumerate(numbers.tolist()):
+            own = len(around[0]) * place
             generator = np.random.default_rng([self.config.loop.seed, step, number])
-            made.append(self.maker.row([text_ids], codes, generator=generator))
+            texts = self._captions(rows, own, neighbours=range(own + 1, own + len(around[0])))
+            made.append(self.maker.row(texts, rows.image_codes[own], generator=generator))
         weights = {tongue: self.config.text_loss_weight for tongue in ("english", "chinese")}
         return collate(made, pad=self.vocabulary.pad, weights=weights)
 
@@ -106,7 +113,7 @@ class CogLMTask:
         number = min(self.config.num_validation_rows, len(self.parts.validation))
         for start in range(0, number, VALIDATION_ROWS_AT_ONCE):
             indices = np.arange(start, min(start + VALIDATION_ROWS_AT_ONCE, number))
-            yield self.lay_out(self.parts.validation.rows(indices), indices.tolist(), step=0)
+            yield self.lay_out(self.parts.validation, indices, step=0)
 
     def painter(self) -> CogLM:
         """The model as it is, to draw and to write with."""
@@ -118,6 +125,16 @@ class CogLMTask:
             layout=self.config.layout,
             ends_text=self.config.tasks.ends_text,
         )
+
+    def _captions(self, rows: TokenRows, own: int, *, neighbours: range) -> list[IdSequence]:
+        """The caption of a row, and the first one of the same picture in another language among its neighbours."""
+        texts: list[IdSequence] = [rows.text_ids[own]]
+        tongue = self.vocabulary.tongue_of(rows.text_ids[own].tolist())
+        for other in neighbours:
+            is_same = np.array_equal(rows.image_codes[own], rows.image_codes[other])
+            if is_same and self.vocabulary.tongue_of(rows.text_ids[other].tolist()) != tongue:
+                return [*texts, rows.text_ids[other]]
+        return texts
 
     def _draw_samples(self, step: int) -> dict[str, str]:
         held_out = self.parts.validation

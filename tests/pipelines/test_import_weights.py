@@ -14,8 +14,11 @@ from cogview.models.published import load_model
 from cogview.models.released import save_released_gpt
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.cluster_choice import CogLMSampling
+from cogview.sampling.coglm import CogLM
 from cogview.scenes.scene import corpus
 from cogview.shards.manifest import read_manifest
+from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.dvae import DVAEConfig, DVAETokenizer
 from cogview.tokenizers.released import save_released_vqvae
@@ -178,6 +181,52 @@ def test_what_does_not_go_together_is_refused(released, tmp_path: Path) -> None:
         main(replace(config, image_tokenizer=tmp_path / "other.pt"), run)
     with pytest.raises(ConfigError, match="precision='int8'"):
         Config(precision="int8")
+
+
+def test_a_coglm_in_sats_naming_draws_as_it_did(tmp_path: Path) -> None:
+    captions = [caption for scene in corpus(0, 60) for caption in (scene.english, scene.chinese)]
+    bilingual = TextTokenizerConfig(num_pieces=200, exact=False, is_bilingual=True)
+    text = train_text_tokenizer(captions, config=bilingual, output=tmp_path / "text")
+    torch.manual_seed(0)
+    image = ImageTokenizer(
+        VQVAEConfig(widths=(8, 8, 8), codebook=CodebookConfig(num_codes=NUM_CODES, code_dim=8))
+    ).eval()
+    image.save(tmp_path / "image")
+    vocabulary = BilingualVocabulary(num_image_codes=NUM_CODES, text=text.ranges)
+    shape = GPTConfig(vocab_size=vocabulary.size, max_positions=1024, num_layers=2, hidden_size=128, num_heads=2)
+    gpt = GPT(shape).eval()
+    with torch.no_grad():
+        gpt.word_embeddings.weight.mul_(6)
+    state = {
+        f"transformer.{name}" if name == "word_embeddings.weight" else name: x for name, x in gpt.state_dict().items()
+    }
+    state["mixins.extra_position_embedding.position_embeddings.weight"] = torch.ones(9, 128)
+    (tmp_path / "coglm" / "300000").mkdir(parents=True)
+    torch.save({"module": state}, tmp_path / "coglm" / "300000" / "mp_rank_00_model_states.pt")
+    (tmp_path / "coglm" / "latest").write_text("300000")
+    config = replace(
+        PRESETS["coglm"],
+        gpt=tmp_path / "coglm",
+        image_tokenizer=tmp_path / "image",
+        text_tokenizer=tmp_path / "text" / MODEL_NAME,
+        grid=GRID,
+    )
+    main(config, open_run(tmp_path / "out"))
+    folders = {"text_tokenizer": tmp_path / "out/text_tokenizer", "image_tokenizer": tmp_path / "out/image_tokenizer"}
+    coglm = CogLM.load(tmp_path / "out" / "gpt", **folders)
+    assert (coglm.layout.image_position, coglm.layout.max_text, coglm.ends_text) == (512, 111, False)
+    assert (tmp_path / "out" / "gpt" / "extras.safetensors").is_file()
+    sampling = CogLMSampling(clusters=None)
+    drawn = coglm.draw(PROMPTS, seeds=[0, 1], sampling=sampling)
+    assert torch.equal(drawn, replace(coglm, model=gpt).draw(PROMPTS, seeds=[0, 1], sampling=sampling))
+    with pytest.raises(ConfigError, match="1024 positions"):
+        main(replace(config, grid=32), open_run(tmp_path / "large"))
+    more = ImageTokenizer(VQVAEConfig(widths=(8, 8, 8), codebook=CodebookConfig(num_codes=900, code_dim=8)))
+    more.save(tmp_path / "more")
+    with pytest.raises(VocabularyError, match="900 image codes"):
+        main(replace(config, image_tokenizer=tmp_path / "more"), open_run(tmp_path / "wrong"))
+    with pytest.raises(ConfigError, match="kind='dalle'"):
+        replace(config, kind="dalle")
 
 
 def test_the_papers_preset_draws_pictures_of_256_pixels() -> None:

@@ -37,7 +37,7 @@ class TrainedFolders:
     tokens: Path
 
 
-def write_trained_folders(root: Path, *, seed: int = 0) -> TrainedFolders:
+def write_trained_folders(root: Path, *, seed: int = 0, is_bilingual: bool = False) -> TrainedFolders:
     folders = TrainedFolders(
         checkpoint=root / "checkpoint",
         text_tokenizer=root / "text",
@@ -47,7 +47,9 @@ def write_trained_folders(root: Path, *, seed: int = 0) -> TrainedFolders:
     scenes = list(corpus(seed, 60))
     captions = [caption for scene in scenes for caption in (scene.english, scene.chinese)]
     train_text_tokenizer(
-        captions, config=TextTokenizerConfig(num_pieces=200, exact=False), output=folders.text_tokenizer
+        captions,
+        config=TextTokenizerConfig(num_pieces=200, exact=False, is_bilingual=is_bilingual),
+        output=folders.text_tokenizer,
     )
     torch.manual_seed(seed)
     codebook = CodebookConfig(num_codes=32, code_dim=8)

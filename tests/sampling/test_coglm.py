@@ -16,6 +16,7 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import ClusterSampling, CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
+from cogview.sampling.text_to_image import TextToImage
 from cogview.sequences.coglm import NO_LABEL, CogLMRow, CogLMTasks, RowMaker
 from cogview.sequences.coglm_batch import collate
 from cogview.tokenizers.code_clusters import CodeClusters, cluster_codes
@@ -46,7 +47,11 @@ def likeliest(coglm: CogLM, row: CogLMRow) -> tuple[list[int], list[int]]:
     batch = collate([row], pad=coglm.vocabulary.pad, weights={})
     hidden = coglm.model(batch.ids, batch.positions, allowed=staged_mask(batch.stages, batch.groups))[0]
     places = np.flatnonzero(row.labels != NO_LABEL)
-    ids = coglm.vocabulary.image_ids if row.labels[places[0]] < coglm.vocabulary.text_offset else coglm.vocabulary.text_ids
+    ids = (
+        coglm.vocabulary.image_ids
+        if row.labels[places[0]] < coglm.vocabulary.text_offset
+        else coglm.vocabulary.text_ids
+    )
     predicted = coglm.model.logits(hidden[places], ids=ids).argmax(dim=-1) + ids.start
     return predicted.tolist(), row.labels[places].tolist()
 
@@ -117,7 +122,8 @@ def test_a_bonus_is_added_to_the_scores_of_text(tmp_path: Path, attention: str) 
     """With a bonus beyond all scores an image token sees the text alone; with none the mask decides."""
     coglm = small_coglm(tmp_path, attention=attention)
     drawn = {
-        bonus: coglm.draw(TEXTS, seeds=range(5), sampling=replace(PLAIN, text_bonus=bonus)) for bonus in (0.0, 1.4, 20.0)
+        bonus: coglm.draw(TEXTS, seeds=range(5), sampling=replace(PLAIN, text_bonus=bonus))
+        for bonus in (0.0, 1.4, 20.0)
     }
     assert not torch.equal(drawn[0.0], drawn[20.0])
     fused = small_coglm(tmp_path).draw(TEXTS, seeds=range(5), sampling=replace(PLAIN, text_bonus=1.4))
@@ -142,16 +148,12 @@ def test_added_scores_are_the_mask_and_the_bonus(coglm: CogLM) -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_caption_is_what_training_rows_predict(coglm: CogLM, language: str) -> None:
     captioner, codes = CogLMCaptioner.of(coglm), some_codes(3)
-    drawn = draw_captions(
-        captioner, codes, sampling=SamplingConfig(temperature=0.0), seeds=[0] * 3, language=language
-    )
+    drawn = draw_captions(captioner, codes, sampling=SamplingConfig(temperature=0.0), seeds=[0] * 3, language=language)
     hidden = np.zeros((GRID, GRID), dtype=bool)
     tongue = {"en": "english", "zh": "chinese"}[language]
     for caption, one in zip(drawn, codes, strict=True):
         assert coglm.vocabulary.tongue_of(caption.pieces) == tongue or language == "zh"
-        row = maker(coglm).understanding(
-            [caption.pieces], one.flatten().numpy().astype(np.uint16), hidden_GG=hidden
-        )
+        row = maker(coglm).understanding([caption.pieces], one.flatten().numpy().astype(np.uint16), hidden_GG=hidden)
         batch = collate([row], pad=coglm.vocabulary.pad, weights={})
         start = GRID**2
         batch.ids[0, start] = coglm.vocabulary.start_of_text(tongue)
@@ -176,7 +178,9 @@ def test_beams_and_scores_work_with_the_same_weights(coglm: CogLM) -> None:
         assert totals == sorted(totals, reverse=True)
         assert all(total < 0 for total in totals)
         assert code.shape == (GRID, GRID)
-    losses = [score.cap_loss for score in score_pairs(captioner, ["a red dot", "红色圆点", "a red dot"], codes[[0, 0, 1]])]
+    losses = [
+        score.cap_loss for score in score_pairs(captioner, ["a red dot", "红色圆点", "a red dot"], codes[[0, 0, 1]])
+    ]
     assert all(loss > 0 for loss in losses)
     assert losses[0] != losses[2], "another picture"
 
@@ -212,3 +216,5 @@ def test_a_published_coglm_is_read_back_with_its_clusters(coglm: CogLM, tmp_path
     save_model(load_model(tmp_path / "model")[0], tmp_path / "other", settings={**settings, "task": "captioning"})
     with pytest.raises(CheckpointError, match="no CogLM"):
         CogLM.load(tmp_path / "other", **folders)
+    with pytest.raises(CheckpointError, match="draws with generate_coglm"):
+        TextToImage.load(tmp_path / "model", **folders)

@@ -14,7 +14,10 @@ from cogview.tokenizers.bilingual import KINDS, kind_of, ordered_model, ranges_o
 from cogview.tokenizers.bilingual_vocabulary import ICETK_RANGES, BilingualVocabulary, TextRanges
 from cogview.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 
-CAPTIONS = [text for scene in corpus(3, 200) for text in (scene.english, scene.chinese)] + ["Привет, мир", "第 3 only 1"]
+CAPTIONS = [text for scene in corpus(3, 200) for text in (scene.english, scene.chinese)] + [
+    "Привет, мир",
+    "第 3 only 1",
+]
 
 
 def plain_model(model_type: str = "bpe") -> bytes:
@@ -57,8 +60,10 @@ def test_ids_tell_the_language_of_their_pieces() -> None:
 
 @pytest.mark.parametrize(
     ("piece", "kind"),
-    [("▁dog", "english"), ("é", "english"), ("红色", "chinese"), ("A座", "chinese"), ("мир", "rare"), ("。", "common")]
-    + [("▁", "common"), ("3", "common"), ("12月", "chinese"), ("かな", "rare")],
+    [
+        *(("▁dog", "english"), ("é", "english"), ("红色", "chinese"), ("A座", "chinese"), ("мир", "rare")),
+        *(("。", "common"), ("▁", "common"), ("3", "common"), ("12月", "chinese"), ("かな", "rare")),
+    ],
 )
 def test_a_piece_is_of_the_kind_of_its_letters(piece: str, kind: str) -> None:
     assert kind_of(piece) == kind
@@ -123,7 +128,9 @@ def test_every_id_has_one_meaning(codes: int, common: int, english: int, chinese
 
 def test_two_layouts_never_share_a_fingerprint() -> None:
     prints = {
-        BilingualVocabulary(num_image_codes=codes, text=TextRanges(common=5, english=english, chinese=9, rare=1)).fingerprint
+        BilingualVocabulary(
+            num_image_codes=codes, text=TextRanges(common=5, english=english, chinese=9, rare=1)
+        ).fingerprint
         for codes in (7, 8)
         for english in (3, 4)
     }

@@ -1,4 +1,4 @@
-"""CogLM's rows: who sees whom, against a slow construction from the roles of tokens, and what is predicted from where."""
+"""CogLM's rows: who sees whom, against a slow construction from the roles of tokens, and what is predicted where."""
 
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,9 @@ MAKER = RowMaker(vocabulary=VOCABULARY, layout=LAYOUT, tasks=CogLMTasks(patch_si
 CODES = np.arange(100, 100 + GRID**2).astype(np.uint16)  # every code tells its place
 ENGLISH, CHINESE = [5, 6, 7, 8], [15, 16, 17]
 
-masks = st.lists(st.booleans(), min_size=GRID**2, max_size=GRID**2).map(lambda cells: np.array(cells).reshape(GRID, GRID))
+masks = st.lists(st.booleans(), min_size=GRID**2, max_size=GRID**2).map(
+    lambda cells: np.array(cells).reshape(GRID, GRID)
+)
 texts = st.lists(st.integers(4, VOCABULARY.text.num_pieces - 1), max_size=MAX_TEXT)
 
 
@@ -93,7 +95,11 @@ def test_a_hole_is_seen_by_what_comes_after_it_only(text: list[int], hidden_GG: 
         return
     row = MAKER.completion(text, CODES, hidden_GG=hidden_GG)
     visible = [Token("visible", place) for place in range(GRID**2) if place not in hidden]
-    tokens = [Token("text", place) for place in range(len(text))] + [Token("start", -1), *visible, *hidden_tokens(hidden)]
+    tokens = [Token("text", place) for place in range(len(text))] + [
+        Token("start", -1),
+        *visible,
+        *hidden_tokens(hidden),
+    ]
     assert np.array_equal(seen_by(row), slow(tokens, hidden))
     assert row.labels[row.labels != NO_LABEL].tolist() == CODES[hidden].tolist()
 
@@ -140,10 +146,15 @@ def test_no_position_can_learn_its_own_target(data: st.DataObject) -> None:
 
 def test_a_model_predicts_a_hidden_code_without_it() -> None:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=VOCABULARY.size, max_positions=64, num_layers=3, hidden_size=16, num_heads=2)).eval()
+    model = GPT(
+        GPTConfig(vocab_size=VOCABULARY.size, max_positions=64, num_layers=3, hidden_size=16, num_heads=2)
+    ).eval()
     hidden_GG = np.zeros((GRID, GRID), dtype=bool)
     hidden_GG[1:3, 1:4] = True
-    for make in (MAKER.completion, lambda text, codes, hidden_GG: MAKER.understanding([text], codes, hidden_GG=hidden_GG)):
+    for make in (
+        MAKER.completion,
+        lambda text, codes, hidden_GG: MAKER.understanding([text], codes, hidden_GG=hidden_GG),
+    ):
         before = make(ENGLISH, CODES, hidden_GG=hidden_GG)
         place = int(np.flatnonzero(before.labels == CODES[6])[0])  # the second of the first hidden row
         other = CODES.copy()
