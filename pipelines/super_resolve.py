@@ -40,7 +40,7 @@ from cogview.sampling.windows import WindowOrder
 from cogview.shards.manifest import atomic_file
 from cogview.tokenizers.pixels import pixel_batch
 from pipelines.runtime.chain import fill_from_chain, latest_output
-from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.jobs import COMPLETE_NAME, Job, JobRun, given_folders
 
 SAMPLES_FOLDER = "samples"
 TABLE_NAME = "samples.parquet"
@@ -48,6 +48,7 @@ SHEET_NAME = "sheet.png"
 SHEET_TILES = 24
 TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
 FINETUNE = "finetune_super_resolution"
+DRAWN_BY = ["generate", "generate_coglm"]  # whose samples are magnified if none are given
 STAGES = {"checkpoint": "finetune_direct_sr", "refiner": "finetune_iterative_sr"}  # CogView2's
 FACTS = ("latin_prompt", "kind", "language", "scene")  # what a table of samples knows of a picture
 SCHEMA = pa.schema(
@@ -177,7 +178,8 @@ def resolve(config: Config, *, root: Path) -> Config:
             found: dict[str, Any] = {name: latest_output(jobs[name], flag=f"--{name}", root=root)}
             config = replace(config, **found)
     if config.samples is None and config.pictures is None:
-        config = replace(config, samples=latest_output("generate", flag="--samples", root=root))
+        jobs_that_draw = [job for job in DRAWN_BY if any((root / job).glob(f"*/{COMPLETE_NAME}"))] or DRAWN_BY
+        config = replace(config, samples=latest_output(jobs_that_draw[0], flag="--samples", root=root))
     filled: Config = fill_from_chain(config, TOKENIZERS, root=root)
     return filled
 
@@ -281,7 +283,7 @@ def _samples(folder: Path, magnifier: AnyMagnifier, *, config: Config) -> Iterat
             codes_hw=codes_hw,
             caption=row["prompt"],
             source=row["path"],
-            facts={name: row[name] for name in FACTS},
+            facts={name: row.get(name) or "" for name in FACTS},
         )
 
 

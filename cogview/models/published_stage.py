@@ -6,6 +6,7 @@ The sha256 of a backbone tells whether two stages can share it in memory.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from cogview.errors import CheckpointError
 from cogview.models.gpt import GPT
-from cogview.models.local_super_resolution import LocalSuperResolution, LocalSuperResolutionConfig
+from cogview.models.local_super_resolution import LocalSuperResolution, LocalSuperResolutionConfig, Stage
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME, file_sha256, load_model, read_settings, read_tensors
 
 STAGE_WEIGHTS_NAME = "super_resolution.safetensors"
 STAGE_SETTINGS_NAME = "super_resolution.json"
+EXTRA_POSITIONS = "mixins.extra_position_embedding.position_embeddings.weight"
+SECOND_ATTENTION = "mixins.attention_plus."
 STAGE_FILES = (STAGE_WEIGHTS_NAME, STAGE_SETTINGS_NAME, WEIGHTS_NAME, SETTINGS_NAME)
 
 
@@ -62,6 +65,31 @@ def load_stage(
         model = LocalSuperResolution(gpt, LocalSuperResolutionConfig.from_stored(settings["config"]))
     take_mixins(model, read_tensors(folder / STAGE_WEIGHTS_NAME, sha256=settings["sha256"]), where=folder)
     return model.eval(), settings
+
+
+def stage_config(mixins: Mapping[str, Tensor], *, small_grid: int) -> LocalSuperResolutionConfig | None:
+    """The stage whose tensors below `mixins` these are, with CogView2's windows; the direct one has an attention.
+
+    None when they have no positions of a square grid of which `small_grid` is a part: they are of something else.
+    """
+    positions = mixins.get(EXTRA_POSITIONS)
+    rows = 0 if positions is None else len(positions)
+    grid = math.isqrt(rows)
+    if not rows or grid**2 != rows or grid % small_grid:
+        return None
+    stage: Stage = "direct" if any(name.startswith(SECOND_ATTENTION) for name in mixins) else "iterative"
+    return LocalSuperResolutionConfig(stage=stage, grid=grid, ratio=grid // small_grid)
+
+
+def publish_mixins(
+    mixins: Mapping[str, Tensor], folder: Path, *, config: LocalSuperResolutionConfig, settings: Mapping[str, Any]
+) -> None:
+    """Write released tensors beside the backbone that is in the folder already. CheckpointError unless they fit it."""
+    gpt, _ = load_model(folder)
+    with torch.device("meta"):
+        model = LocalSuperResolution(gpt, config)
+    take_mixins(model, mixins, where=folder)
+    save_stage(model, folder, settings=settings)
 
 
 def take_mixins(model: LocalSuperResolution, tensors: Mapping[str, Tensor], *, where: Path) -> None:
