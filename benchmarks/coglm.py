@@ -35,7 +35,7 @@ BARS = (
     Bar(figure="captions/attributes right", op=">=", value=0.85),
     Bar(figure="completion/colour and shape right", op=">=", value=0.8),
 )
-SAMPLING = CogLMSampling(text_bonus=0.0, clusters=None, tokens=SamplingConfig(temperature=0.2, top_k=12))
+SAMPLING = CogLMSampling(text_bonus=0.0, by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12))
 TWO_SHAPE_SHARE = 0.2
 BATCH = 50
 LANGUAGES: tuple[Language, ...] = ("en", "zh")

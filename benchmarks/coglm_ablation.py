@@ -76,9 +76,8 @@ def variants() -> Iterator[tuple[dict[str, Any], CogLMSampling]]:
     for strength, sampling in STRENGTHS.items():
         for bonus in BONUSES:
             for codes in ("single codes", "clusters"):
-                clusters = sampling.clusters if codes == "clusters" else None
                 about = {"strength": strength, "codes": codes, "text bonus": bonus}
-                yield about, replace(sampling, text_bonus=bonus, clusters=clusters)
+                yield about, replace(sampling, text_bonus=bonus, by_clusters=codes == "clusters")
 
 
 def ablate_scenes(coglm: CogLM, *, scenes: int, seed: int) -> list[dict[str, Any]]:

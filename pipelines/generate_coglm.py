@@ -132,7 +132,7 @@ def resolve(config: Config, *, root: Path) -> Config:
     """Fill in the model trained last, the clusters made last if they are asked for, and the chain's tokenizers."""
     if config.checkpoint is None:
         config = replace(config, checkpoint=latest_output("pretrain_coglm", flag="--checkpoint", root=root))
-    if config.clusters is None and config.sampling.clusters is not None:
+    if config.clusters is None and config.sampling.by_clusters:
         config = replace(config, clusters=latest_output("cluster_codes", flag="--clusters", root=root))
     filled: Config = fill_from_chain(config, TOKENIZERS, root=root)
     return filled
@@ -148,8 +148,10 @@ def load(config: Config) -> CogLM:
         clusters=config.clusters,
         device=config.device,
     )
-    if config.sampling.clusters is not None and coglm.clusters is None:
-        raise ConfigError("clusters is not given; name the output of cluster_codes, or choose --sampling.clusters None")
+    if config.sampling.by_clusters and coglm.clusters is None:
+        raise ConfigError(
+            "clusters is not given; name the output of cluster_codes, or choose --sampling.no-by-clusters"
+        )
     return coglm
 
 

@@ -38,10 +38,11 @@ class ClusterSampling:
 @dataclass(frozen=True, kw_only=True)
 class CogLMSampling:
     """How CogLM draws a picture. text_bonus: what is added to attention scores of the text's tokens (the release: 1.4;
-    0 for none). clusters: how a code is drawn, or None for `tokens`, as CogView draws them."""
+    0 for none). by_clusters: codes are drawn as `clusters` says, otherwise as `tokens` does, which is CogView's way."""
 
     text_bonus: float = 1.4
-    clusters: ClusterSampling | None = field(default_factory=ClusterSampling)
+    by_clusters: bool = True
+    clusters: ClusterSampling = field(default_factory=ClusterSampling)
     tokens: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -64,8 +65,10 @@ def choose_in_clusters(logits_BK: Tensor, draws_B2: Tensor, *, labels_K: Tensor,
 
 def choose_codes(logits_BK: Tensor, draws_B2: Tensor, *, labels_K: Tensor | None, sampling: CogLMSampling) -> Tensor:
     """One code for each row, as `sampling` says. ConfigError where it asks for clusters that are not given."""
-    if sampling.clusters is None:
+    if not sampling.by_clusters:
         return choose(logits_BK, draws_B2[:, 0], config=sampling.tokens)
     if labels_K is None:
-        raise ConfigError("cluster sampling needs clusters of codes; give the output of cluster_codes, or leave it off")
+        raise ConfigError(
+            "cluster sampling needs clusters of codes; give the output of cluster_codes, or leave it off (by_clusters)"
+        )
     return choose_in_clusters(logits_BK, draws_B2, labels_K=labels_K, config=sampling.clusters)

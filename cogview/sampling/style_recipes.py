@@ -30,9 +30,7 @@ class StyleRecipe:
         return f"{caption} {self.words}" if self.words else caption
 
     def sampling(self, base: CogLMSampling) -> CogLMSampling:
-        """The first stage's settings, with the style's temperature where codes are drawn by clusters."""
-        if base.clusters is None:
-            return base
+        """The first stage's settings, with the style's temperature for clusters."""
         return replace(base, clusters=replace(base.clusters, temperature=self.temperature))
 
 

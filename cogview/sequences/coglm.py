@@ -13,7 +13,7 @@ Kinds of rows, with the release's rules:
 * completion, which the release does not train, but whose own completion asks for it: one text and the visible codes are
   context, then the hidden codes, each run of them led by a copy of the code before it.
 
-A row without a text is a picture alone, drawn or understood; the release has no such rows.
+A row without a text is a picture alone, drawn or understood; the release stops at such rows with an error.
 """
 
 # L tokens of a row, G rows and columns of codes

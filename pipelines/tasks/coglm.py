@@ -34,7 +34,7 @@ from pipelines.tasks.language_model import Parts
 
 Numbers = npt.NDArray[np.int64]
 VALIDATION_ROWS_AT_ONCE = 32
-DRAWN_PLAINLY = CogLMSampling(text_bonus=0.0, clusters=None, tokens=SamplingConfig())
+DRAWN_PLAINLY = CogLMSampling(text_bonus=0.0, by_clusters=False, tokens=SamplingConfig())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def test_the_same_weights_caption_pictures(config: generate_coglm.Config, runs_f
 
 def test_what_is_missing_is_said(config: generate_coglm.Config, runs_folder: Path) -> None:
     for wrong, words in (
-        (replace(config, clusters=None), "cluster_codes"),
+        (replace(config, clusters=None), "no-by-clusters"),
         (replace(config, prompt=()), "--prompt"),
         (replace(config, prompt=(" ",)), "asks for nothing"),
         (replace(config, checkpoint=None), "pretrain_coglm"),

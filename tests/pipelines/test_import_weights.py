@@ -216,7 +216,7 @@ def test_a_coglm_in_sats_naming_draws_as_it_did(tmp_path: Path) -> None:
     coglm = CogLM.load(tmp_path / "out" / "gpt", **folders)
     assert (coglm.layout.image_position, coglm.layout.max_text, coglm.ends_text) == (512, 111, False)
     assert (tmp_path / "out" / "gpt" / "extras.safetensors").is_file()
-    sampling = CogLMSampling(clusters=None)
+    sampling = CogLMSampling(by_clusters=False)
     drawn = coglm.draw(PROMPTS, seeds=[0, 1], sampling=sampling)
     assert torch.equal(drawn, replace(coglm, model=gpt).draw(PROMPTS, seeds=[0, 1], sampling=sampling))
     with pytest.raises(ConfigError, match="1024 positions"):

@@ -102,7 +102,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(config: pretrain_coglm.Config, alon
 def test_what_is_published_draws_and_knows_its_tokenizers(alone: Path, folders: TrainedFolders, tmp_path: Path) -> None:
     tokenizers = {"text_tokenizer": folders.text_tokenizer, "image_tokenizer": folders.image_tokenizer}
     coglm = CogLM.load(alone, **tokenizers)
-    codes = coglm.draw(["a red circle"], seeds=[1], sampling=CogLMSampling(clusters=None, tokens=SamplingConfig()))
+    codes = coglm.draw(["a red circle"], seeds=[1], sampling=CogLMSampling(by_clusters=False, tokens=SamplingConfig()))
     assert codes.shape == (1, 4, 4)
     others = write_trained_folders(tmp_path / "others", seed=1, is_bilingual=True)
     with pytest.raises(VocabularyError, match="was trained with"):

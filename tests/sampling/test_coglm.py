@@ -22,8 +22,8 @@ from cogview.sequences.coglm_batch import collate
 from cogview.tokenizers.code_clusters import CodeClusters, cluster_codes
 from tests.sampling.small_coglm import GRID, TEXTS, small_coglm, some_codes
 
-GREEDY = CogLMSampling(text_bonus=0.0, clusters=None, tokens=SamplingConfig(temperature=0.0))
-PLAIN = CogLMSampling(text_bonus=0.0, clusters=None, tokens=SamplingConfig(top_k=0))
+GREEDY = CogLMSampling(text_bonus=0.0, by_clusters=False, tokens=SamplingConfig(temperature=0.0))
+PLAIN = CogLMSampling(text_bonus=0.0, by_clusters=False, tokens=SamplingConfig(top_k=0))
 
 
 @pytest.fixture(scope="module")

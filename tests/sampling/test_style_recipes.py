@@ -14,8 +14,6 @@ def test_a_style_adds_its_words_and_its_temperature() -> None:
     assert flat.sampling(base).clusters == ClusterSampling(temperature=1.1, top_clusters=16)
     assert style_recipe("none").prompt("a cat") == "a cat"
     assert style_recipe("none").sampling(base) == base
-    plain = CogLMSampling(clusters=None)
-    assert flat.sampling(plain) == plain, "without clusters there is no such temperature"
 
 
 def test_all_styles_of_the_release_are_there() -> None:
