@@ -113,7 +113,7 @@ def complete(completer: Completer, picture: Tensor, mask: Tensor, *, seam: int, 
         caption="a large red circle",
         seeds=[seed],
         config=CompletionConfig(seam=seam),
-        sampling=HierarchicalSampling(clusters=None),
+        sampling=HierarchicalSampling(by_clusters=False),
     )
     return drawn_BCHW[0]
 
@@ -180,7 +180,7 @@ def write_models(root: Path) -> Completer:
             save_stage(model, root / name, settings={"form": asdict(form), "fingerprints": fingerprints})
     coglm = CogLM.load(root / "coglm", text_tokenizer=root / "text", image_tokenizer=root / "image")
     return Completer(
-        fill=partial(coglm.fill, sampling=CogLMSampling(clusters=None, tokens=SamplingConfig(top_k=0))),
+        fill=partial(coglm.fill, sampling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(top_k=0))),
         image_tokenizer=coglm.image_tokenizer,
         grid=GRID,
         magnifier=HierarchicalMagnifier.load(

@@ -99,9 +99,9 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        filling=CogLMSampling(clusters=None, tokens=SamplingConfig(temperature=0.2, top_k=12)),
+        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12)),
         hierarchical=HierarchicalSampling(
-            clusters=None,
+            by_clusters=False,
             tokens=SamplingConfig(temperature=0.2, top_k=12),
             lopar=LoPARConfig(top_k=(12,), temperature=0.2),
         ),

@@ -132,7 +132,7 @@ PRESETS: dict[str, Config] = {
         SMOKE,
         is_hierarchical=True,
         hierarchical=HierarchicalSampling(
-            clusters=None, tokens=SMOKE.sampling, lopar=LoPARConfig(top_k=(12,), temperature=0.2)
+            by_clusters=False, tokens=SMOKE.sampling, lopar=LoPARConfig(top_k=(12,), temperature=0.2)
         ),
     ),
 }

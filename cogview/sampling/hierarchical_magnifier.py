@@ -37,12 +37,13 @@ COGLM_TASK = "coglm"  # in `model.json` of a CogLM; what a GPT was trained for i
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalSampling:
-    """direct: how the direct stage chooses codes, in the release by their clusters (`clusters`; None for `tokens`).
+    """by_clusters: the direct stage draws codes as `clusters` says, as the release does, otherwise as `tokens` says.
 
     lopar: the passes of the iterative stage.
     """
 
-    clusters: ClusterSampling | None = field(
+    by_clusters: bool = True
+    clusters: ClusterSampling = field(
         default_factory=lambda: ClusterSampling(temperature=1.0, top_clusters=100, temperature_inside=0.89)
     )
     tokens: SamplingConfig = field(default_factory=SamplingConfig)
@@ -51,7 +52,7 @@ class HierarchicalSampling:
     @property
     def direct(self) -> CogLMSampling:
         """The choice of the direct stage."""
-        return CogLMSampling(clusters=self.clusters, tokens=self.tokens)
+        return CogLMSampling(by_clusters=self.by_clusters, clusters=self.clusters, tokens=self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.sampling.small_coglm import write_small_coglm
 
-PLAIN = CogLMSampling(clusters=None, tokens=SamplingConfig(top_k=0))
+PLAIN = CogLMSampling(by_clusters=False, tokens=SamplingConfig(top_k=0))
 BOX = (0.25, 0.25, 0.75, 0.5)
 
 

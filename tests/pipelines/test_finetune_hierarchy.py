@@ -186,7 +186,7 @@ def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
     assert not magnifier.direct.form.is_causal
     coglm = CogLM.load(tmp_path / "checkpoint", **folders)
     assert torch.equal(coglm.model.word_embeddings.weight, magnifier.direct.model.gpt.word_embeddings.weight)
-    fill = partial(coglm.fill, sampling=CogLMSampling(clusters=None))
+    fill = partial(coglm.fill, sampling=CogLMSampling(by_clusters=False))
     completer = Completer(fill=fill, image_tokenizer=coglm.image_tokenizer, grid=COGLM_GRID, magnifier=magnifier)
     pixels, box = torch.zeros(3, 64, 64, dtype=torch.uint8), Box(top=0.1, left=0.1, bottom=0.9, right=0.9)
     [drawn] = completer.complete(
@@ -195,7 +195,7 @@ def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
         caption="a red dot",
         seeds=[1],
         config=CompletionConfig(),
-        sampling=HierarchicalSampling(clusters=None),
+        sampling=HierarchicalSampling(by_clusters=False),
     )
     assert bool(drawn[:, 20:40, 20:40].any())
 

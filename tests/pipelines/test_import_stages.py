@@ -85,7 +85,7 @@ def test_stages_come_in_as_they_were(config: Config, tmp_path: Path) -> None:
         image_tokenizer=out / "direct" / "image_tokenizer",
     )
     small = torch.randint(NUM_CODES, (2, GRID, GRID), generator=torch.Generator().manual_seed(1))
-    sampling = HierarchicalSampling(clusters=None)
+    sampling = HierarchicalSampling(by_clusters=False)
     drawn = magnifier.magnify(CAPTIONS, small, seeds=[1, 2], sampling=sampling)
     assert magnifier.iterative is not None
     original = replace(

@@ -179,7 +179,7 @@ def stages(config: Config, folders: TrainedFolders, tmp_path_factory: pytest.Tem
     """The config of CogView2's road."""
     root = tmp_path_factory.mktemp("stages")
     paths = {name: publish_stage(root / name, folders, stage=name) for name in ("direct", "iterative")}
-    sampling = HierarchicalSampling(clusters=None, lopar=LoPARConfig(top_k=(12,)))
+    sampling = HierarchicalSampling(by_clusters=False, lopar=LoPARConfig(top_k=(12,)))
     return replace(
         config, checkpoint=paths["direct"], refiner=paths["iterative"], is_hierarchical=True, hierarchical=sampling
     )

@@ -22,7 +22,7 @@ from tests.pipelines.trained_folders import GRID, TrainedFolders, write_trained_
 from tests.sampling.small_coglm import small_coglm
 from tests.sampling.small_stages import LARGE, publish_stage
 
-SAMPLING = HierarchicalSampling(clusters=None, lopar=LoPARConfig(top_k=(12,)))
+SAMPLING = HierarchicalSampling(by_clusters=False, lopar=LoPARConfig(top_k=(12,)))
 SMALL_SIDE = 8 * GRID
 
 
@@ -135,7 +135,7 @@ def test_large_squares_pass_both_stages_inside_the_mask(
 
 def test_a_coglm_fills_by_caption_and_seed(tmp_path: Path) -> None:
     coglm = small_coglm(tmp_path)
-    plain = CogLMSampling(clusters=None, tokens=SamplingConfig(top_k=0))
+    plain = CogLMSampling(by_clusters=False, tokens=SamplingConfig(top_k=0))
     completer = Completer(
         fill=partial(coglm.fill, sampling=plain), image_tokenizer=coglm.image_tokenizer, grid=coglm.layout.grid
     )

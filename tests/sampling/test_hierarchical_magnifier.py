@@ -25,7 +25,7 @@ from tests.sampling.small_coglm import small_coglm, some_codes
 from tests.sampling.small_stages import LARGE, publish_stage
 
 CAPTIONS = ["a red circle", "蓝色背景上的一个大红色圆形"]
-SAMPLING = HierarchicalSampling(clusters=None, tokens=SamplingConfig(top_k=12), lopar=LoPARConfig(top_k=(12,)))
+SAMPLING = HierarchicalSampling(by_clusters=False, tokens=SamplingConfig(top_k=12), lopar=LoPARConfig(top_k=(12,)))
 
 
 @pytest.fixture(scope="module")
