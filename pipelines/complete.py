@@ -149,6 +149,8 @@ def resolve(config: Config, *, root: Path) -> Config:
     """Fill in what is not given: the CogLM made last, its tokenizers, and the stages if both are there."""
     if config.checkpoint is None:
         config = replace(config, checkpoint=latest_output("pretrain_coglm", flag="--checkpoint", root=root))
+    if config.clusters is None and (config.filling.by_clusters or config.hierarchical.by_clusters):
+        config = replace(config, clusters=latest_output("cluster_codes", flag="--clusters", root=root))
     if config.magnifies and config.direct is None:
         found: dict[str, Any] = {
             name: latest_output(job, flag=f"--{name}", root=root)

@@ -177,6 +177,8 @@ def resolve(config: Config, *, root: Path) -> Config:
         if getattr(config, name) is None:
             found: dict[str, Any] = {name: latest_output(jobs[name], flag=f"--{name}", root=root)}
             config = replace(config, **found)
+    if config.is_hierarchical and config.hierarchical.by_clusters and config.clusters is None:
+        config = replace(config, clusters=latest_output("cluster_codes", flag="--clusters", root=root))
     if config.samples is None and config.pictures is None:
         jobs_that_draw = [job for job in DRAWN_BY if any((root / job).glob(f"*/{COMPLETE_NAME}"))] or DRAWN_BY
         config = replace(config, samples=latest_output(jobs_that_draw[0], flag="--samples", root=root))

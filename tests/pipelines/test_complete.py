@@ -11,6 +11,7 @@ from PIL import Image
 from cogview.errors import ConfigError
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
+from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
 from pipelines.complete import JOB, Config, load_completer, main, resolve
 from pipelines.runtime.jobs import run_job
 from tests.pipelines.job_runs import ShownRun, open_run
@@ -118,7 +119,10 @@ def test_what_is_missing_is_named(config: Config, tmp_path: Path) -> None:
 
 
 def test_stages_made_last_are_taken_if_there_are_any(config: Config, tmp_path: Path) -> None:
+    config = replace(config, hierarchical=HierarchicalSampling(by_clusters=False))
     assert resolve(config, root=tmp_path) == config
+    with pytest.raises(ConfigError, match="run `make cluster-codes` first, or give --clusters"):
+        resolve(replace(config, hierarchical=HierarchicalSampling()), root=tmp_path)
     newest = tmp_path / "finetune_direct_sr" / "abc"
     newest.mkdir(parents=True)
     (newest / "complete.json").write_text("{}")
