@@ -36,6 +36,9 @@ endif
 ifneq ($(filter caption,$(MAKECMDGOALS)),)
   $(if $(value IMAGES),,$(error say which pictures: make caption IMAGES=/folder))
 endif
+ifneq ($(filter complete,$(MAKECMDGOALS)),)
+  $(if $(value IMAGE)$(value REQUESTS),,$(error say what to complete: make complete IMAGE=/photo.jpg BOX="0.2 0.3 0.7 0.8" PROMPT="a large red circle"))
+endif
 ifneq ($(filter verify,$(MAKECMDGOALS)),)
   $(if $(filter $(NAME),$(BENCHMARKS)),,$(error NAME=$(NAME) is none of: $(BENCHMARKS)))
 endif
@@ -75,6 +78,22 @@ super-resolve: $(READY) ## Draw pictures at twice the size: those drawn last, or
 	@$(BIN)/python -m pipelines super_resolve smoke --root runs/$(call quoted,PRESET) \
 	    $(if $(value SAMPLES),--samples $(call quoted,SAMPLES)) \
 	    $(if $(value PICTURES),--pictures $(call quoted,PICTURES)) $(ARGS)
+
+finetune-direct-sr: $(READY) ## CogView2: teach the model trained last to draw three times the size at once [PRESET=smoke] [ROOT=runs/coglm_smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_direct_sr $(call quoted,PRESET) --root $(call quoted,ROOT) $(ARGS)
+
+finetune-iterative-sr: $(READY) ## CogView2: teach it to draw most of that again, in six passes [PRESET=smoke] [ROOT=runs/coglm_smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines finetune_iterative_sr $(call quoted,PRESET) --root $(call quoted,ROOT) $(ARGS)
+
+super-resolve-at-once: $(READY) ## Draw pictures at three times the size in seven calls: those drawn last, or SAMPLES=/folder or PICTURES=/folder [ROOT=...] [ARGS="..."]
+	@$(BIN)/python -m pipelines super_resolve cogview2_smoke --root $(call quoted,ROOT) \
+	    $(if $(value SAMPLES),--samples $(call quoted,SAMPLES)) \
+	    $(if $(value PICTURES),--pictures $(call quoted,PICTURES)) $(ARGS)
+
+complete: $(READY) ## Draw a part of a picture anew with the CogLM trained last: IMAGE=/photo.jpg BOX="0.2 0.3 0.7 0.8" PROMPT="..." or REQUESTS=/folder [ARGS="..."]
+	@$(BIN)/python -m pipelines complete smoke --root runs/coglm_$(call quoted,PRESET) \
+	    $(if $(value IMAGE),--image $(call quoted,IMAGE)) $(if $(value BOX),--box $(foreach share,$(BOX),'$(share)')) \
+	    $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(if $(value REQUESTS),--requests $(call quoted,REQUESTS)) $(ARGS)
 
 serve: $(READY) ## Serve the model trained last on a web page, on 127.0.0.1 [PRESET=smoke] [ARGS="--port 8080"]
 	@$(BIN)/python -m pipelines serve smoke --root runs/$(call quoted,PRESET) $(ARGS)

@@ -19,9 +19,12 @@ from safetensors.torch import save_file
 from cogview.config import input_field, later_field
 from cogview.errors import CheckpointError, ConfigError, VocabularyError
 from cogview.models.gpt import GPTConfig, count_parameters
+from cogview.models.local_super_resolution import LocalSuperResolutionConfig, Stage
 from cogview.models.published import save_weights
+from cogview.models.published_stage import publish_mixins, stage_config
 from cogview.models.released import ReleasedGPT, open_released_gpt
 from cogview.sampling.coglm import TASK as COGLM
+from cogview.sampling.hierarchical_magnifier import form_of
 from cogview.sequences.coglm import CogLMLayout
 from cogview.sequences.layout import TASKS
 from cogview.shards.manifest import MANIFEST_NAME, ShardEntry, file_record, write_manifest
@@ -45,6 +48,7 @@ DTYPES: Mapping[Precision, torch.dtype | None] = {
     "fp16": torch.float16,
 }
 EXTRAS_NAME = "extras.safetensors"
+RELEASED_TEXT: Mapping[Stage, int] = {"direct": 96, "iterative": 16}  # slots for text in CogView2's stages
 PADDED_FOR = (1, 2, 4, 8, 16)  # model-parallel sizes for which a vocabulary may have been padded
 LAYOUT = TASKS["text_to_image"]
 # Each part is an input field and an output folder; with it, the flag that other jobs take the folder by.
@@ -168,8 +172,28 @@ def import_gpt(
     if extras:
         save_file(extras, folder / EXTRAS_NAME)
         run.say(f"{len(extras)} tensors that are no part of a GPT are kept in {folder / EXTRAS_NAME}")
+    shape = stage_config(extras, small_grid=config.grid) if config.kind == "coglm" else None
+    if shape is not None:
+        import_stage(extras, folder, config=shape, settings=settings, text=text, image=image)
+        run.say(f"they are CogView2's {shape.stage} super-resolution: super_resolve and complete take {folder}")
     run.scores["parameters"] = count_parameters(released.config)
     run.scores["model_parallel_ranks"] = len(released.files)
+
+
+def import_stage(
+    extras: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    config: LocalSuperResolutionConfig,
+    settings: Mapping[str, Any],
+    text: TextTokenizer,
+    image: AnyImageTokenizer,
+) -> None:
+    """Write what a super-resolution stage of CogView2 has beside its backbone."""
+    form, found = form_of(settings, text=text, image=image)
+    form = replace(form, max_text=RELEASED_TEXT[config.stage])
+    stored = {"task": f"{config.stage}_super_resolution", "form": asdict(form), "fingerprints": found}
+    publish_mixins(extras, folder, config=config, settings=stored)
 
 
 def cogview_settings(model: GPTConfig, *, text: TextTokenizer, image: AnyImageTokenizer, grid: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Draw pictures again at twice the size with a model that was finetuned for it.
+"""Draw pictures again at twice the size, or at three times in seven calls, with a model that was finetuned for it.
 
 Command: make super-resolve [SAMPLES=FOLDER]; python -m pipelines super_resolve smoke --pictures FOLDER
-Reads:   the output of finetune_super_resolution and both tokenizers; the output of generate (or of this job), or a
-         folder of pictures with same-named .txt files
+         make super-resolve-at-once [SAMPLES=FOLDER], that is preset cogview2_smoke
+Reads:   the output of finetune_super_resolution, or those of finetune_direct_sr and finetune_iterative_sr, and both
+         tokenizers; the output of generate (or of this job), or a folder of pictures with same-named .txt files
 Writes:  samples/000000.png ..., samples.parquet (caption, seed, codes of each), sheet.png (before | enlarged | drawn)
 Time:    smoke: about a minute for 400 pictures on two cores
 """
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from cogview.config import input_field, require_positive, runtime_field
+from cogview.config import input_field, later_field, require_positive, runtime_field
 from cogview.errors import ConfigError, VocabularyError
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.sharpness import enlarged, mean_edge_sharpness
@@ -32,12 +33,14 @@ from cogview.records.folders import list_images, read_captions, read_image_file
 from cogview.records.images import decode_image, fit_image
 from cogview.records.pair import Unusable
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
+from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.super_resolution import SAMPLING, Magnifier
 from cogview.sampling.windows import WindowOrder
 from cogview.shards.manifest import atomic_file
 from cogview.tokenizers.pixels import pixel_batch
 from pipelines.runtime.chain import fill_from_chain, latest_output
-from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.jobs import COMPLETE_NAME, Job, JobRun, given_folders
 
 SAMPLES_FOLDER = "samples"
 TABLE_NAME = "samples.parquet"
@@ -45,7 +48,8 @@ SHEET_NAME = "sheet.png"
 SHEET_TILES = 24
 TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
 FINETUNE = "finetune_super_resolution"
-PRODUCERS = {"checkpoint": FINETUNE, **TOKENIZERS}
+DRAWN_BY = ["generate", "generate_coglm"]  # whose samples are magnified if none are given
+STAGES = {"checkpoint": "finetune_direct_sr", "refiner": "finetune_iterative_sr"}  # CogView2's
 FACTS = ("latin_prompt", "kind", "language", "scene")  # what a table of samples knows of a picture
 SCHEMA = pa.schema(
     [
@@ -76,12 +80,17 @@ class Config:
     tokenizer magnify well. num_pictures: the first so many of them, 0 for all.
     layout: of imported weights, which do not say it: super_resolution_released. keeps_position: number ROI2 as the
     release's sampler does, not as its training does. order: of the windows, "centre" (the paper's) or "raster".
+    is_hierarchical: CogView2's road: checkpoint is the output of finetune_direct_sr, `refiner` that of
+    finetune_iterative_sr, and pictures have the size that they were trained on; refines: use the refiner. clusters:
+    output of cluster_codes, for a choice by clusters; hierarchical: how codes are chosen.
     seed: of the whole run; each picture gets a seed of its own from it. batch_size, device, threads: the machine.
     """
 
     checkpoint: Path | None = input_field(default=None)
     text_tokenizer: Path | None = input_field(default=None)
     image_tokenizer: Path | None = input_field(default=None)
+    refiner: Path | None = input_field(default=None)
+    clusters: Path | None = input_field(default=None)
     samples: Path | None = input_field(default=None)
     pictures: Path | None = input_field(default=None)
     short_side: int = 256
@@ -90,6 +99,9 @@ class Config:
     keeps_position: bool = False
     order: WindowOrder = "centre"
     sampling: SamplingConfig = field(default_factory=lambda: SAMPLING)
+    is_hierarchical: bool = later_field(False)
+    refines: bool = later_field(True)
+    hierarchical: HierarchicalSampling = later_field(HierarchicalSampling())
     seed: int = 0
     batch_size: int = runtime_field(8)
     device: str = runtime_field("cpu")
@@ -105,16 +117,26 @@ class Config:
 
 
 PAPER = Config(device="cuda", batch_size=12)
+SMOKE = replace(
+    PAPER,
+    short_side=64,
+    sampling=SamplingConfig(temperature=0.2, top_k=12),  # a small model is less sure of what it knows
+    device="cpu",
+    batch_size=50,
+)
 PRESETS: dict[str, Config] = {
     "paper": PAPER,
-    "smoke": replace(
-        PAPER,
-        short_side=64,
-        sampling=SamplingConfig(temperature=0.2, top_k=12),  # a small model is less sure of what it knows
-        device="cpu",
-        batch_size=50,
+    "smoke": SMOKE,
+    "cogview2": replace(PAPER, is_hierarchical=True),
+    "cogview2_smoke": replace(
+        SMOKE,
+        is_hierarchical=True,
+        hierarchical=HierarchicalSampling(
+            by_clusters=False, tokens=SMOKE.sampling, lopar=LoPARConfig(top_k=(12,), temperature=0.2)
+        ),
     ),
 }
+AnyMagnifier = Magnifier | HierarchicalMagnifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +172,33 @@ def main(config: Config, run: JobRun) -> None:
 
 def resolve(config: Config, *, root: Path) -> Config:
     """Fill in what is not given: the tokenizers of the chain, the finetuned model and the samples made last."""
-    if config.checkpoint is None:
-        config = replace(config, checkpoint=latest_output(FINETUNE, flag="--checkpoint", root=root))
+    jobs = STAGES if config.is_hierarchical else {"checkpoint": FINETUNE}
+    for name in jobs if config.refines else ["checkpoint"]:
+        if getattr(config, name) is None:
+            found: dict[str, Any] = {name: latest_output(jobs[name], flag=f"--{name}", root=root)}
+            config = replace(config, **found)
+    if config.is_hierarchical and config.hierarchical.by_clusters and config.clusters is None:
+        config = replace(config, clusters=latest_output("cluster_codes", flag="--clusters", root=root))
     if config.samples is None and config.pictures is None:
-        config = replace(config, samples=latest_output("generate", flag="--samples", root=root))
+        jobs_that_draw = [job for job in DRAWN_BY if any((root / job).glob(f"*/{COMPLETE_NAME}"))] or DRAWN_BY
+        config = replace(config, samples=latest_output(jobs_that_draw[0], flag="--samples", root=root))
     filled: Config = fill_from_chain(config, TOKENIZERS, root=root)
     return filled
 
 
-def load_magnifier(config: Config) -> Magnifier:
-    """The finetuned model with its tokenizers."""
-    folders = given_folders(config, PRODUCERS)
+def load_magnifier(config: Config) -> AnyMagnifier:
+    """The finetuned models with their tokenizers."""
+    if config.is_hierarchical:
+        stages = {name: job for name, job in STAGES.items() if name == "checkpoint" or config.refines}
+        folders = given_folders(config, {**stages, **TOKENIZERS})
+        return HierarchicalMagnifier.load(
+            folders.pop("checkpoint"),
+            folders.pop("refiner", None),
+            **folders,
+            clusters=config.clusters,
+            device=config.device,
+        )
+    folders = given_folders(config, {"checkpoint": FINETUNE, **TOKENIZERS})
     return Magnifier.load(
         folders.pop("checkpoint"),
         **folders,
@@ -170,10 +208,10 @@ def load_magnifier(config: Config) -> Magnifier:
     )
 
 
-def read_originals(config: Config, magnifier: Magnifier, *, run: JobRun) -> Iterator[Original]:
+def read_originals(config: Config, magnifier: AnyMagnifier, *, run: JobRun) -> Iterator[Original]:
     """The pictures to magnify. ConfigError when there is none."""
     if config.samples is not None:
-        yield from _samples(config.samples, magnifier, limit=config.num_pictures)
+        yield from _samples(config.samples, magnifier, config=config)
     elif config.pictures is not None:
         yield from _pictures(config.pictures, magnifier, config=config, run=run)
     else:
@@ -181,7 +219,7 @@ def read_originals(config: Config, magnifier: Magnifier, *, run: JobRun) -> Iter
 
 
 def magnify(
-    originals: Sequence[Original], magnifier: Magnifier, *, config: Config, run: JobRun
+    originals: Sequence[Original], magnifier: AnyMagnifier, *, config: Config, run: JobRun
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """Magnify in batches of one size, save each picture; the rows of the table, and the pictures, in their order."""
     rows: list[dict[str, Any]] = []
@@ -189,14 +227,16 @@ def magnify(
     for batch in _in_batches(originals, size=config.batch_size):
         seeds = [_seed(config.seed, len(rows) + number) for number in range(len(batch))]
         small_Bhw = torch.from_numpy(np.stack([original.codes_hw for original in batch]).astype(np.int64))
-        codes_Bhw = magnifier.magnify(
-            [original.caption for original in batch],
-            small_Bhw,
-            seeds=seeds,
-            sampling=config.sampling,
-            order=config.order,
-            progress=partial(_show, run=run, done=len(rows), new=len(batch), total=len(originals)),
-        )
+        progress = partial(_show, run=run, done=len(rows), new=len(batch), total=len(originals))
+        captions = [original.caption for original in batch]
+        if isinstance(magnifier, HierarchicalMagnifier):
+            codes_Bhw = magnifier.magnify(
+                captions, small_Bhw, seeds=seeds, sampling=config.hierarchical, progress=progress
+            )
+        else:
+            codes_Bhw = magnifier.magnify(
+                captions, small_Bhw, seeds=seeds, sampling=config.sampling, order=config.order, progress=progress
+            )
         for original, seed, codes_hw, picture in zip(
             batch, seeds, codes_Bhw.cpu().numpy(), to_pictures(magnifier.decode(codes_Bhw)), strict=True
         ):
@@ -223,14 +263,14 @@ def draw_before_and_after(
     run.tracker.log_image(sheet, SHEET_NAME)
 
 
-def _samples(folder: Path, magnifier: Magnifier, *, limit: int) -> Iterator[Original]:
+def _samples(folder: Path, magnifier: AnyMagnifier, *, config: Config) -> Iterator[Original]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(folder / TABLE_NAME).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"samples={folder}: no whole {TABLE_NAME} ({error}); give the output of generate") from error
     if not rows:
         raise ConfigError(f"samples={folder}: {TABLE_NAME} has no rows; there is nothing to magnify")
-    for row in rows[: limit or len(rows)]:
+    for row in rows[: config.num_pictures or len(rows)]:
         codes = np.array(row["codes"], np.uint16)
         known = magnifier.image_tokenizer.num_codes
         if codes.max() >= known:
@@ -239,21 +279,21 @@ def _samples(folder: Path, magnifier: Magnifier, *, limit: int) -> Iterator[Orig
                 "that the samples were drawn with"
             )
         codes_hw = codes.reshape(row.get("height") or math.isqrt(len(codes)), -1)
-        codes_1hw = torch.from_numpy(codes_hw.astype(np.int64))[None].to(magnifier.model.word_embeddings.weight.device)
+        codes_1hw = torch.from_numpy(codes_hw.astype(np.int64))[None].to(config.device)
         yield Original(
             picture=to_pictures(magnifier.decode(codes_1hw))[0],
             codes_hw=codes_hw,
             caption=row["prompt"],
             source=row["path"],
-            facts={name: row[name] for name in FACTS},
+            facts={name: row.get(name) or "" for name in FACTS},
         )
 
 
-def _pictures(folder: Path, magnifier: Magnifier, *, config: Config, run: JobRun) -> Iterator[Original]:
+def _pictures(folder: Path, magnifier: AnyMagnifier, *, config: Config, run: JobRun) -> Iterator[Original]:
     names = list_images(folder)
     found = 0
     for name in names:
-        picture = _readable(folder, name, config=config, stride=magnifier.image_tokenizer.stride)
+        picture = _readable(folder, name, config=config, magnifier=magnifier)
         captions = read_captions(folder, name)
         unusable = next((thing for thing in (picture, captions) if isinstance(thing, Unusable)), None)
         if unusable is not None or isinstance(picture, Unusable) or isinstance(captions, Unusable):
@@ -274,14 +314,18 @@ def _pictures(folder: Path, magnifier: Magnifier, *, config: Config, run: JobRun
         raise ConfigError(f"pictures={folder}: none of its {len(names)} pictures can be used; the lines above say why")
 
 
-def _readable(folder: Path, name: str, *, config: Config, stride: int) -> Image.Image | Unusable:
-    """The picture with its short side scaled down, and cut in the middle to whole codes."""
+def _readable(folder: Path, name: str, *, config: Config, magnifier: AnyMagnifier) -> Image.Image | Unusable:
+    """The picture with its short side scaled down, and cut in the middle to whole codes, or to CogView2's square."""
+    stride = magnifier.image_tokenizer.stride
+    short_side = magnifier.side * stride if config.is_hierarchical else config.short_side
     data = read_image_file(folder / name)
-    image = data if isinstance(data, Unusable) else decode_image(data, short_side=config.short_side)
+    image = data if isinstance(data, Unusable) else decode_image(data, short_side=short_side)
     if isinstance(image, Unusable):
         return image
-    image = fit_image(image, image_size=config.short_side)
+    image = fit_image(image, image_size=short_side)
     width, height = (side // stride * stride for side in image.size)
+    if config.is_hierarchical:
+        width = height = min(width, height)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

@@ -38,7 +38,7 @@ def flex_sparse_attention(
     def corrected(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, key: Tensor) -> Tensor:
         return torch.where(key < num_pivots, score + correction, score)
 
-    attended_BHLD = _kernel(is_compiled)(
+    attended_BHLD = flex_kernel(is_compiled)(
         _padded(q_BHLD, dim=2, multiple=size),
         _with_pivots(k_BHLD, pivots),
         _with_pivots(v_BHLD, pivots),
@@ -64,8 +64,8 @@ def block_mask(pivots: Pivots) -> BlockMask:
         [first_BCP.amax(2)[:, None, :] <= blocks_G[:, None], (behind_GG > 0) & (behind_GG < times)], dim=2
     )
     return BlockMask.from_kv_blocks(
-        *_listed(touched_BGK & ~whole_BGK),
-        *_listed(whole_BGK),
+        *listed(touched_BGK & ~whole_BGK),
+        *listed(whole_BGK),
         BLOCK_SIZE=(size, size),
         mask_mod=mask_rule(first_BP, config=pivots.config),
         seq_lengths=(num_blocks * size, first_BP.shape[1] + num_blocks * size),
@@ -86,7 +86,8 @@ def mask_rule(first_block_BP: Tensor, *, config: SparseConfig) -> Rule:
 
 
 @cache
-def _kernel(is_compiled: bool) -> Attend:
+def flex_kernel(is_compiled: bool) -> Attend:
+    """FlexAttention, compiled once, or as it is."""
     kernel: Attend = torch.compile(flex_attention) if is_compiled else flex_attention  # type: ignore[assignment]
     return kernel
 
@@ -104,7 +105,7 @@ def _padded(values: Tensor, *, dim: int, multiple: int, value: int = 0) -> Tenso
     return nn.functional.pad(values, [*behind, 0, missing], value=value) if missing else values
 
 
-def _listed(is_listed_BGK: Tensor) -> tuple[Tensor, Tensor]:
+def listed(is_listed_BGK: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries has, int32 [B, 1, G], and which, those first, [B, 1, G, K]."""
     counts_BG = is_listed_BGK.sum(-1, dtype=torch.int32)
     order_BGK = is_listed_BGK.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)

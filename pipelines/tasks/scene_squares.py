@@ -74,7 +74,7 @@ def write_scene_squares(
 
     Raises ConfigError for pictures smaller than such a square, or no multiple of the tokenizer's stride.
     """
-    if _is_written(folder):
+    if is_written(folder):
         return
     text, image = TextTokenizer.load(text_tokenizer), load_image_tokenizer(image_tokenizer)
     grid = config.image_size // image.stride
@@ -89,19 +89,20 @@ def write_scene_squares(
     rows: dict[str, list[TokenRow]] = {split: [] for split in SPLITS}
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         batch = scenes[start : start + SCENES_AT_ONCE]
-        for scene, small_gg, large_GG in zip(batch, *encode_scenes(batch, image, config=config), strict=True):
+        codes = encode_scenes(batch, image, image_size=config.image_size, scale=SCALE)
+        for scene, small_gg, large_GG in zip(batch, *codes, strict=True):
             split = "train" if scene.number < first_held_out else "validation"
             rows[split] += cut_squares(scene, small_gg, large_GG, side=side, text=text, config=config)
         progress(start + len(batch), len(scenes), "drawing scenes")
-    _write(folder, rows, origin=origin)
+    write_rows(folder, rows, origin=origin)
 
 
 def encode_scenes(
-    scenes: Sequence[CaptionedScene], image: AnyImageTokenizer, *, config: SceneSquares
+    scenes: Sequence[CaptionedScene], image: AnyImageTokenizer, *, image_size: int, scale: int
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
-    """Codes of the scenes scaled down, uint16 [B, g, g], and as they were drawn, [B, G, G]."""
-    large = [draw_scene(scene.scene, image_size=SCALE * config.image_size) for scene in scenes]
-    small = [picture.resize((config.image_size, config.image_size), Image.Resampling.LANCZOS) for picture in large]
+    """Codes of the scenes scaled down to `image_size`, uint16 [B, g, g], and as they were drawn, [B, G, G]."""
+    large = [draw_scene(scene.scene, image_size=scale * image_size) for scene in scenes]
+    small = [picture.resize((image_size, image_size), Image.Resampling.LANCZOS) for picture in large]
     with torch.inference_mode():
         small_Bgg, large_BGG = (image.encode(from_pictures(pictures)).cpu().numpy() for pictures in (small, large))
     return small_Bgg.astype(np.uint16), large_BGG.astype(np.uint16)
@@ -134,7 +135,8 @@ def cut_squares(
         )
 
 
-def _is_written(folder: Path) -> bool:
+def is_written(folder: Path) -> bool:
+    """Whether rows were written to a folder to the end."""
     try:
         read_manifest(folder)
     except ManifestError:
@@ -142,7 +144,8 @@ def _is_written(folder: Path) -> bool:
     return True
 
 
-def _write(folder: Path, rows: dict[str, list[TokenRow]], *, origin: TokenOrigin) -> None:
+def write_rows(folder: Path, rows: dict[str, list[TokenRow]], *, origin: TokenOrigin) -> None:
+    """Write the rows of both splits, and close the folder."""
     names = {split: f"{split}/{shard_name(0, 'arrow')}" for split in SPLITS}
     files = {names[split]: write_token_shard(folder / names[split], rows[split], origin=origin) for split in SPLITS}
     count = sum(map(len, rows.values()))

@@ -13,6 +13,9 @@ from PIL import Image
 from cogview.errors import CheckpointError, ConfigError, VocabularyError
 from cogview.evaluation.grids import to_pictures
 from cogview.models.published import load_model, save_model
+from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
+from cogview.sampling.hierarchy import LoPARConfig
+from cogview.sampling.lopar import rank_grid
 from cogview.sampling.super_resolution import Magnifier
 from cogview.scenes.scene import corpus, draw_scene
 from cogview.tokenizers.vqvae import ImageTokenizer
@@ -21,6 +24,7 @@ from pipelines.super_resolve import JOB, Config, load_magnifier, main, resolve
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.trained_folders import GRID, LENGTH, TrainedFolders, write_trained_folders
+from tests.sampling.small_stages import LARGE, publish_stage
 
 CAPTIONS = ("a large red circle on a blue background", "白色背景上的一个大红色圆形", "a star")
 
@@ -168,3 +172,52 @@ def test_the_sampler_of_the_release_can_be_had(config: Config, folders: TrainedF
     assert isinstance(magnifier, Magnifier)
     assert magnifier.keeps_position
     assert (magnifier.side, magnifier.text_budget) == (2, 44)
+
+
+@pytest.fixture(scope="module")
+def stages(config: Config, folders: TrainedFolders, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of CogView2's road."""
+    root = tmp_path_factory.mktemp("stages")
+    paths = {name: publish_stage(root / name, folders, stage=name) for name in ("direct", "iterative")}
+    sampling = HierarchicalSampling(by_clusters=False, lopar=LoPARConfig(top_k=(12,)))
+    return replace(
+        config, checkpoint=paths["direct"], refiner=paths["iterative"], is_hierarchical=True, hierarchical=sampling
+    )
+
+
+def test_three_times_the_size_is_drawn_at_once_and_refined(stages: Config, tmp_path: Path) -> None:
+    run, rows = magnify(stages, tmp_path / "both")
+    assert [(row["height"], row["width"]) for row in rows] == [(LARGE, LARGE)] * len(CAPTIONS)
+    assert Image.open(run.output / rows[0]["path"]).size == (8 * LARGE, 8 * LARGE)
+    _, alone = magnify(replace(stages, batch_size=1), tmp_path / "alone")
+    assert [row["codes"] for row in alone] == [row["codes"] for row in rows]
+    _, direct = magnify(replace(stages, refines=False, refiner=None), tmp_path / "direct")
+    kept = (rank_grid(LARGE, LARGE) <= 0).flatten()
+    for first, second in zip(direct, rows, strict=True):
+        assert torch.equal(torch.tensor(first["codes"])[kept], torch.tensor(second["codes"])[kept])
+        assert first["codes"] != second["codes"]
+
+
+def test_picture_files_become_the_square_that_is_read(stages: Config, tmp_path: Path) -> None:
+    for number, (scene, size) in enumerate(zip(corpus(0, 3), ((40, 61), (120, 90), (8, 8)), strict=True)):
+        draw_scene(scene.scene, image_size=128).resize(size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"{scene.english}\n")
+    _, rows = magnify(replace(stages, samples=None, pictures=tmp_path), tmp_path / "output")
+    assert [(row["source"], row["height"], row["width"]) for row in rows] == [
+        ("0.png", LARGE, LARGE),
+        ("1.png", LARGE, LARGE),
+    ]
+
+
+def test_stages_that_are_not_given_are_those_made_last(stages: Config, tmp_path: Path) -> None:
+    open_config = replace(stages, checkpoint=None, refiner=None)
+    for job in ("finetune_direct_sr", "finetune_iterative_sr"):
+        with pytest.raises(ConfigError, match=f"run `make {job.replace('_', '-')}` first"):
+            resolve(open_config, root=tmp_path)
+        newest = tmp_path / job / "abc"
+        newest.mkdir(parents=True)
+        (newest / "complete.json").write_text("{}")
+    found = resolve(open_config, root=tmp_path)
+    assert (found.checkpoint, found.refiner) == (tmp_path / "finetune_direct_sr" / "abc", newest)
+    with pytest.raises(ConfigError, match="refiner is not given; name the output folder of finetune_iterative_sr"):
+        load_magnifier(replace(stages, refiner=None))

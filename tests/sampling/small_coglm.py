@@ -1,11 +1,13 @@
 """A small real CogLM with random weights."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from cogview.models.gpt import GPT, GPTConfig
-from cogview.sampling.coglm import CogLM
+from cogview.models.published import save_model
+from cogview.sampling.coglm import TASK, CogLM
 from cogview.sequences.coglm import CogLMLayout
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
 from cogview.tokenizers.codebook import CodebookConfig
@@ -50,3 +52,16 @@ def small_coglm(folder: Path, *, attention: str = "fused", ends_text: bool = Tru
 
 def some_codes(number: int) -> torch.Tensor:
     return torch.randint(NUM_CODES, (number, GRID, GRID), generator=torch.Generator().manual_seed(1))
+
+
+def write_small_coglm(root: Path) -> None:
+    """The same as published folders: `text`, `image` and `checkpoint` below root."""
+    coglm = small_coglm(root / "text")
+    coglm.image_tokenizer.save(root / "image")
+    fingerprints = {
+        "text_tokenizer": coglm.text_tokenizer.fingerprint,
+        "image_tokenizer": coglm.image_tokenizer.fingerprint,
+        "vocabulary": coglm.vocabulary.fingerprint,
+    }
+    settings = {"task": TASK, "fingerprints": fingerprints, "grid": GRID, "layout": asdict(coglm.layout)}
+    save_model(coglm.model, root / "checkpoint", settings={**settings, "ends_text": coglm.ends_text})
