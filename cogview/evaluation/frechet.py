@@ -119,4 +119,5 @@ def _root(matrix_DD: Tensor) -> Tensor:
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
     smallest = values_D.abs().max() * len(values_D) * torch.finfo(values_D.dtype).eps
     values_D = torch.where(values_D > smallest, values_D, 0.0)
-    return (vectors_DD * values_D.sqrt()) @ vectors_DD.T
+    root_DD: Tensor = (vectors_DD * values_D.sqrt()) @ vectors_DD.T
+    return root_DD

@@ -122,7 +122,7 @@ def plot_distances(evaluated: Evaluated) -> "Figure":
             axes.errorbar(places, values, yerr=reach, label=side, color=COLOURS[number % len(COLOURS)], capsize=3)
     if evaluated.facts.is_published and tuple(evaluated.radii) == (0, 1, 2, 4, 8):
         for system, cells in PAPER_ROWS.items():
-            axes.plot(places, cells[:5], ":", color="#8a909c", linewidth=1)
+            axes.plot(places, [cell or 0.0 for cell in cells[:5]], ":", color="#8a909c", linewidth=1)
             axes.annotate(f"{system} (paper)", (4, cells[4] or 0), color="#8a909c", fontsize=7)
     axes.set_xticks(places, [str(radius) for radius in evaluated.radii])
     axes.set(xlabel="blur radius in pixels, of both sides", ylabel=name, ylim=(0, None))
