@@ -1,6 +1,6 @@
 """Score drawn pictures against real ones: FID at five blurs, IS, CapLoss, KID, precision, recall (CogView, Table 1).
 
-Command: make machine-evaluation [CAPTIONS_FILE=captions_val2014.json PICTURES=/val2014] [IMAGES=/folder] [ARGS="..."]
+Command: make machine-evaluation [REFERENCE=captions_val2014.json PICTURES=/val2014] [IMAGES=/folder] [ARGS="..."]
 Reads:   captioned pictures (COCO's JSON with its folder, tables, tars, pictures with .txt files; without any, the
          held-out ones of the chain that ran last); the outputs of pretrain, finetune_captioning and both tokenizers;
          folders of pictures that other systems drew; weights of Inception and CLIP, if there are any

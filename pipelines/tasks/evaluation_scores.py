@@ -132,13 +132,16 @@ Computed = list[tuple[str, Estimate, list[str]]]
 def _planned(files: SideFiles, scoring: Scoring) -> Iterator[tuple[str, int, Callable[[], Computed]]]:
     """(name, blur radius, how to compute it) of every score that can be taken."""
     facts, config = scoring.facts, scoring.config
-    if files is not scoring.reference:
+    smallest = min(len(files.features(0)), len(scoring.reference.features(0)))
+    if files is not scoring.reference and smallest > 1:
         for radius in scoring.radii:
             name = f"{facts.score_name('FID', other='FD')}-{radius}"
             yield name, radius, _distance(name, radius, files, scoring)
-        name = facts.score_name("KID", other="KD")
-        yield name, 0, _kernel_distance(name, files, scoring)
-        yield "precision and recall", 0, _precision_and_recall(files, scoring)
+        if smallest >= kernel.LEAST:
+            name = facts.score_name("KID", other="KD")
+            yield name, 0, _kernel_distance(name, files, scoring)
+        if smallest > config.neighbours:
+            yield "precision and recall", 0, _precision_and_recall(files, scoring)
     if facts.num_classes and len(files.classes()) >= config.splits:
         name = facts.score_name("IS", other="IS")
         yield name, 0, _inception_score(name, files, scoring)

@@ -172,7 +172,7 @@ def test_blur_is_the_gaussian_filter_of_that_deviation(radius):
     exact = gaussian_filter(np.asarray(picture).astype(np.float64), sigma=(radius, radius, 0))
     found = np.asarray(blurred(picture, radius=radius)).astype(np.float64)
     inside = slice(4 * radius, -4 * radius)  # at the border each has its own way
-    assert np.abs(found - exact)[inside, inside].max() <= 2.0
+    assert np.abs(found - exact)[inside, inside].max() <= 3.0
     assert np.abs(found - np.asarray(picture))[inside, inside].max() > 20
 
 
