@@ -3,7 +3,7 @@
 Command: make verify NAME=table1 [ARGS="--captions 120 --candidates 3 --kills 3"]; unknown flags go to
 finetune_captioning, which is run first where no captioner is there yet
 The models of a finished chain draw candidates for held-out captions on Ray, its captioner takes the best, and all sides
-are scored at five blurs: once in peace, and once killed (SIGKILL of the driver, or of a worker and then the driver), and
+are scored at five blurs: once in peace, and once killed (the driver, or a worker and then the driver, by SIGKILL) and
 started again by the same command. Then every score, every picture and every feature must be the same to the bit.
 """
 

@@ -21,6 +21,7 @@ import torch
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
 from cogview.evaluation.blur import RADII
+from cogview.evaluation.clip_network import ClipScorer
 from cogview.evaluation.features import RESIZES, Resize
 from cogview.records.tars import IMAGE_SUFFIXES
 from cogview.sampling.choice import SamplingConfig
@@ -49,6 +50,7 @@ from pipelines.tasks.picture_measures import (
     Measuring,
     Side,
     load_captioner,
+    load_clip,
     load_extractor,
     load_painter,
     plan_side,
@@ -79,8 +81,9 @@ class Config:
     contrast: of our drawn pictures; radii: of the Gaussian filter on both sides; recovered: score the real pictures
     through the tokenizer and back as well. image_size: to which all pictures are cut and scaled, in pixels.
     extractor: of features; inception: the weight file of pytorch-fid or torch-fidelity, inception_sha256: what it must
-    have; resize: how pictures come to its 299 pixels. seed: of captions and candidates; shard_size: captions of a unit
-    of work; workers: on Ray, 1 for none (0: Ray from 2,000 pictures, one for each CPU); batch_size: pictures at a time.
+    have; resize: how pictures come to its 299 pixels; clip: a folder of CLIP as transformers saves it.
+    seed: of captions and candidates; shard_size: captions of a unit of work; workers: on Ray, 1 for none (0: Ray from
+    2,000 pictures, one for each CPU); batch_size: pictures at a time.
     """
 
     checkpoint: Path | None = input_field(default=None)
@@ -93,6 +96,7 @@ class Config:
     images: tuple[str, ...] = input_field(default=())
     translations: Path | None = input_field(default=None)
     inception: Path | None = input_field(default=None)
+    clip: Path | None = input_field(default=None)
     inception_sha256: str = ""
     draws: bool = True
     language: Language = "any"
@@ -152,7 +156,7 @@ def main(config: Config, run: JobRun) -> None:
     """Choose captions, draw and measure every side shard by shard, score each against the real pictures, and tell."""
     measuring = measuring_of(config)
     facts = load_extractor(measuring).facts  # what does not belong together is said before anything is drawn
-    load_models(measuring)
+    clip = load_models(measuring)
     run.say(f"features of {facts.name}, {facts.dim} numbers, sha256 {facts.sha256}; resized: {facts.resize}")
     rows = caption_rows(config)
     write_rows(rows, run.output)
@@ -173,6 +177,8 @@ def main(config: Config, run: JobRun) -> None:
         captions_digest=digest,
         reference=found[REFERENCE],
         device=config.device,
+        clip=clip.name if clip else "",
+        clip_sha256=clip.sha256 if clip else "",
     )
     scores = [row for files in found.values() for row in score_side(files, scoring, run=run)]
     evaluated = Evaluated(
@@ -235,6 +241,7 @@ def measuring_of(config: Config) -> Measuring:
         text_tokenizer=config.text_tokenizer,
         image_tokenizer=config.image_tokenizer,
         captioner=config.captioner,
+        clip=config.clip,
         drawing=drawing,
         batch_size=config.batch_size,
         device=config.device,
@@ -242,12 +249,13 @@ def measuring_of(config: Config) -> Measuring:
     )
 
 
-def load_models(measuring: Measuring) -> None:
-    """Load what will be needed, so that what does not belong together is said at once."""
+def load_models(measuring: Measuring) -> ClipScorer | None:
+    """Load what will be needed, so that what does not belong together is said at once; CLIP, if there is one."""
     if measuring.drawing is not None:
         load_painter(measuring)
     if measuring.captioner is not None:
         load_captioner(measuring)
+    return load_clip(measuring) if measuring.clip is not None else None
 
 
 def caption_rows(config: Config) -> list[CaptionRow]:

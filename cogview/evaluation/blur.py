@@ -1,8 +1,8 @@
 """What the machine evaluation of CogView does to pictures before it looks at them (section 4.1).
 
 In: pictures of one size. Out: pixels, after a change of contrast and a Gaussian filter of so many pixels, as Pillow has
-it: three box filters, within three steps of 255 of the exact one. The contrast is of drawn pictures alone; the filter is
-of both sides.
+it: three box filters, within three steps of 255 of the exact one. The contrast is of drawn pictures alone; the filter
+is of both sides.
 """
 
 # B batch, C channels, H height, W width

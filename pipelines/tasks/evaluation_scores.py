@@ -82,7 +82,7 @@ class SideFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """What all scores of a run share. clip: the name of the CLIP model, empty without one."""
+    """What all scores of a run share. clip, clip_sha256: the name of the CLIP model and its weights."""
 
     config: ScoreConfig
     facts: ExtractorFacts
@@ -92,6 +92,7 @@ class Scoring:
     reference: SideFiles
     device: str
     clip: str = ""
+    clip_sha256: str = ""
 
 
 def side_files(side: Side, entries: Sequence[ShardEntry], *, output: Path) -> SideFiles:
@@ -228,13 +229,16 @@ def _row(
     """A score with its provenance."""
     is_compared = name.startswith(("F", "K", "precision", "recall"))
     is_by_features = is_compared or name.startswith("IS")
+    extractor, sha256 = (scoring.facts.name, scoring.facts.sha256) if is_by_features else ("", "")
+    if name.startswith("CLIP"):
+        extractor, sha256 = scoring.clip, scoring.clip_sha256
     return {
         "side": files.side.name,
         "score": name,
         **asdict(estimate),
         "n_reference": len(scoring.reference.features(0)) if is_compared else 0,
-        "extractor": scoring.facts.name if is_by_features else "",
-        "extractor_sha256": scoring.facts.sha256 if is_by_features else "",
+        "extractor": extractor,
+        "extractor_sha256": sha256,
         "resize": scoring.facts.resize if is_by_features else "",
         "prepared": f"{PREPARED}, {scoring.image_size} px",
         "formats": files.formats,

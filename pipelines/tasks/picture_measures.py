@@ -21,8 +21,9 @@ from PIL import Image
 
 from cogview.config import digest_of
 from cogview.errors import ConfigError
-from cogview.evaluation.blur import pixels_of
+from cogview.evaluation.blur import pixels_of, with_contrast
 from cogview.evaluation.caption_loss import score_pairs
+from cogview.evaluation.clip_network import ClipScorer
 from cogview.evaluation.features import (
     FeatureExtractor,
     InceptionExtractor,
@@ -98,6 +99,7 @@ class Measuring:
     text_tokenizer: Path | None
     image_tokenizer: Path | None
     captioner: Path | None
+    clip: Path | None
     drawing: Drawing | None
     batch_size: int
     device: str
@@ -153,6 +155,7 @@ class MeasureShard:
         measuring = self.measuring
         extractor = load_extractor(measuring)
         add_cap_losses(there, pictures, measuring)
+        add_clip_scores(there, pictures, measuring, contrast=side.contrast)
         for radius in measuring.radii:
             features, logits = [], []
             for start in range(0, len(pictures), measuring.batch_size):
@@ -212,6 +215,20 @@ def add_cap_losses(found: Sequence[Found], pictures: Sequence[Image.Image], meas
         scores = score_pairs(captioner, [found[number].row.prompt for number in some], codes_Bhw)
         for number, score in zip(some, scores, strict=True):
             found[number].facts["cap_loss"] = score.cap_loss
+
+
+def add_clip_scores(
+    found: Sequence[Found], pictures: Sequence[Image.Image], measuring: Measuring, *, contrast: float
+) -> None:
+    """How well each picture, as it is scored, and its caption agree; the caption, not its translation."""
+    if measuring.clip is None:
+        return
+    scorer = load_clip(measuring)
+    for start in range(0, len(found), measuring.batch_size):
+        some = found[start : start + measuring.batch_size]
+        shown = [with_contrast(picture, contrast) for picture in pictures[start : start + measuring.batch_size]]
+        for one, score in zip(some, scorer(shown, [one.row.caption for one in some]), strict=True):
+            one.facts["clip_score"] = score
 
 
 def read_reference(rows: Sequence[CaptionRow], measuring: Measuring, _: Mapping[str, Any]) -> Iterator[Found]:
@@ -331,6 +348,12 @@ def load_captioner(measuring: Measuring) -> Captioner:
             f"give --image-size {captioner.image_size}"
         )
     return captioner
+
+
+@functools.lru_cache(maxsize=1)
+def load_clip(measuring: Measuring) -> ClipScorer:
+    """The CLIP of a folder."""
+    return ClipScorer(_given(measuring.clip, "clip"), device=measuring.device)
 
 
 @functools.lru_cache(maxsize=1)

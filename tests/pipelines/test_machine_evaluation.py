@@ -14,6 +14,7 @@ from PIL import Image
 from cogview.errors import ConfigError
 from cogview.evaluation.blur import pixels_of
 from cogview.evaluation.caption_loss import score_pairs
+from cogview.evaluation.clip_network import ClipScorer
 from cogview.evaluation.feature_rows import FeatureRows
 from cogview.evaluation.features import TokenizerExtractor
 from cogview.evaluation.frechet import frechet_distance, moments_of
@@ -29,6 +30,7 @@ from pipelines.tasks.caption_choice import choose_captions, read_captioned
 from pipelines.tasks.evaluation_page import PAPER_ROWS
 from pipelines.tasks.evaluation_scores import ScoreConfig
 from pipelines.tasks.picture_measures import candidate_seed
+from tests.evaluation.tiny_clip import write_clip
 from tests.pipelines.pair_folders import QuietDisplay, make_pairs, write_pair_folder
 from tests.pipelines.trained_folders import GRID, LENGTH, write_trained_folders
 
@@ -260,9 +262,15 @@ def test_a_damaged_picture_costs_its_row_and_is_counted(config, coco, tmp_path, 
 def test_pictures_of_a_folder_may_be_named_by_number(config, evaluated, tmp_path, run_root):
     folder = tmp_path / "numbered"
     shutil.copytree(evaluated / "drawn/pictures", folder)
-    alone = replace(config, draws=False, recovered=False, images=(str(folder),), radii=(0,))
+    clip = write_clip(tmp_path / "tiny-clip")
+    alone = replace(config, draws=False, recovered=False, images=(str(folder),), radii=(0,), clip=clip)
     output = run_job(JOB, alone, root=run_root, display=QuietDisplay()).output
     scores, before = read_scores(output), read_scores(evaluated)
+    row = scores["numbered", "CLIP[tiny-clip]"]
+    captions = [line.split("\t")[2] for line in (output / "captions.tsv").read_text().splitlines()]
+    own = ClipScorer(clip)([Image.open(path) for path in sorted(folder.iterdir())], captions)
+    assert row["value"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert (row["n"], row["extractor"], len(row["extractor_sha256"])) == (CAPTIONS, "tiny-clip", 64)
     assert ("drawn", "CapLoss") not in scores
     assert scores["numbered", "CapLoss"]["value"] == pytest.approx(before["drawn", "CapLoss"]["value"], abs=1e-6)
 
