@@ -139,6 +139,12 @@ stress-stability: $(READY) ## Train a deep narrow GPT to its limits, with and wi
 analyse-attention: $(READY) ## Look at the attention heads of the model trained last [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines analyse_attention $(call quoted,PRESET) $(ARGS)
 
+machine-evaluation: $(READY) ## Score drawn pictures by the paper's Table 1: REFERENCE=captions_val2014.json PICTURES=/val2014 [IMAGES=/folder of another system] [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines machine_evaluation $(call quoted,PRESET) \
+	    $(if $(value REFERENCE),--reference $(call quoted,REFERENCE)) \
+	    $(if $(value PICTURES),--reference-pictures $(call quoted,PICTURES)) \
+	    $(if $(value IMAGES),--images $(call quoted,IMAGES)) $(ARGS)
+
 dashboard: $(READY) ## Open MLflow's pages on 127.0.0.1
 	@$(BIN)/python -m pipelines dashboard $(ARGS)
 

@@ -33,7 +33,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "models": frozenset({"errors", "config", "weight_files"}),
     "training": frozenset({"models", "sequences", "errors", "config", "shards"}),
     "sampling": frozenset({"models", "sequences", "tokenizers", "errors"}),
-    "evaluation": frozenset({"models", "sequences", "tokenizers", "scenes", "errors", "sampling"}),
+    "evaluation": frozenset({"models", "sequences", "tokenizers", "scenes", "errors", "sampling", "weight_files"}),
     "scenes": frozenset({"errors", "config"}),
 }
 RUNTIME_MAY_IMPORT = frozenset(

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1]
 MENU_ORDER = (
     *("road", "scrape_pairs", "import_pairs", "filter_pairs", "translate_pairs", "train_text_tokenizer"),
     *("train_image_tokenizer", "tokenize_pairs", "import_tokens", "export_tokens", "pretrain", "generate", "evaluate"),
+    "machine_evaluation",
 )
 VERBS = {
     "status": "Stages, shards, scores and paths of a run (or the last), from the disk alone (--json: for programs).",
