@@ -34,10 +34,11 @@ from cogview.shards.writer import TokenRow, write_token_shard
 from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.loop import Ranks, train
+from cogview.training.loop import train
+from cogview.training.ranks import Ranks
 from pipelines.pretrain import PRESETS, build_task
 from pipelines.runtime.chain import latest_output
-from pipelines.tasks.language_model import Inputs
+from pipelines.tasks.language_model import Inputs, inputs_of
 from pipelines.tasks.new_weights import TaskSettings
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
         rows = list(biased_corpus(SCENES + HELD_OUT, seed=11))
         write_tokens(rows, folder=folder / "tokens", **tokenizers)
         say(f"training on {SCENES} scenes for {steps} steps")
-        loss = train_model(Inputs(tokens=folder / "tokens", **tokenizers), output=folder / "model", steps=steps)
+        loss = train_model(inputs_of({"tokens": folder / "tokens", **tokenizers}), output=folder / "model", steps=steps)
         flags = [f"--{field.replace('_', '-')}={path}" for field, path in tokenizers.items()]
         threads = torch.get_num_threads()
         drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", f"--threads={threads}", *flags))

@@ -20,7 +20,7 @@ from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.tasks.hierarchy import PRODUCERS, StageFinetuning, fill_backbone, finetune_stage
-from pipelines.tasks.language_model import Inputs
+from pipelines.tasks.language_model import inputs_of
 from pipelines.tasks.scene_pictures import ScenePictures, scenes_or_tokens
 
 
@@ -113,7 +113,7 @@ def settings_of(config: Config, *, tokens: Path, output: Path) -> StageFinetunin
     checkpoint = folders.pop("checkpoint")
     return StageFinetuning(
         checkpoint=checkpoint,
-        inputs=Inputs(tokens=tokens, **folders),
+        inputs=inputs_of({**folders, "tokens": tokens}),
         model=config.model,
         loop=config.loop,
         output=output,

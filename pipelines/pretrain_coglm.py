@@ -20,9 +20,10 @@ from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
 from cogview.sequences.coglm import PARTS, CogLMLayout, CogLMTasks
-from cogview.training.loop import LoopConfig, Ranks
+from cogview.training.loop import LoopConfig
 from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun

@@ -28,7 +28,8 @@ from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows, TokenShards
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
 from cogview.training.coglm import CogLMLoss, weighted
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loop import LoopConfig, WeightedBatch
+from cogview.training.ranks import Ranks
 from pipelines.runtime.workers import PICTURE_KEY
 from pipelines.tasks.language_model import Parts
 

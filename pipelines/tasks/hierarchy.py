@@ -32,8 +32,9 @@ from cogview.sampling.text_to_image import require_fingerprints
 from cogview.sequences.picture_context import ContextForm, build_context
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows
-from cogview.training.loop import LoopConfig, Ranks, WeightedBatch
+from cogview.training.loop import LoopConfig, WeightedBatch
 from cogview.training.masked_codes import MaskedCodesLoss
+from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, JobRun
 from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray

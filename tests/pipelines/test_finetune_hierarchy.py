@@ -22,8 +22,9 @@ from cogview.scenes.scene import corpus, draw_scene
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.pixels import pixel_batch
 from cogview.tokenizers.vqvae import ImageTokenizer
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines import finetune_direct_sr, finetune_iterative_sr
 from pipelines.runtime.display import PlainDisplay
 from pipelines.runtime.jobs import run_job

@@ -17,8 +17,9 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sequences.coglm import PARTS, CogLMTasks
-from cogview.training.loop import LoopConfig, Ranks, train
+from cogview.training.loop import LoopConfig, train
 from cogview.training.optimization import OptimizerConfig
+from cogview.training.ranks import Ranks
 from pipelines import pretrain_coglm
 from pipelines.runtime.display import PlainDisplay
 from pipelines.runtime.gpus import UNKNOWN
