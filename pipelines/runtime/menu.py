@@ -11,7 +11,7 @@ from cogview.errors import ConfigError
 PACKAGE = Path(__file__).parents[1]
 # The order of the menu is the order of the road; jobs that are not named here follow by name.
 MENU_ORDER = (
-    *("road", "scrape_pairs", "import_pairs", "filter_pairs", "translate_pairs", "train_text_tokenizer"),
+    *("road", "scrape_pairs", "import_pairs", "score_pairs", "filter_pairs", "translate_pairs", "train_text_tokenizer"),
     *("train_image_tokenizer", "tokenize_pairs", "import_tokens", "export_tokens", "pretrain", "generate", "evaluate"),
     "machine_evaluation",
 )
