@@ -43,7 +43,7 @@ from cogview.records.pair_shards import MAX_SHARD_ROWS, pair_key, write_pair_sha
 from cogview.records.tars import read_pairs
 from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name, write_json
 from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
-from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry, tasks_of
 from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
 from pipelines.tasks.funnel import FUNNEL_FOLDER, read_funnels, write_funnel_report
 
@@ -81,7 +81,7 @@ PRESETS: dict[str, Config] = {
 def main(config: Config, run: JobRun) -> None:
     """Judge every shard, find repetitions across them, write what is kept and why the rest is not."""
     pairs = given_folders(config, {"pairs": "scrape_pairs or import_pairs"})["pairs"]
-    tasks = plan_shards(pairs)
+    tasks = tasks_of(pairs)
     filtering = plan_filtering(config, pairs, output=run.output)
     work, buckets, workers = run.output / WORK_FOLDER, plan_buckets(tasks, filtering.buckets), config.workers
     run_shards(filtering.judge, tasks, folder=work / JUDGED, run=run, workers=workers, note="judged")
@@ -106,7 +106,7 @@ def plan(config: Config, *, root: Path) -> Iterator[str]:
     pairs = given_folders(config, {"pairs": "scrape_pairs or import_pairs"})["pairs"]
     planned = plan_job(JOB, config, root=root)
     filtering = plan_filtering(config, pairs, output=planned.output)
-    tasks = plan_shards(pairs)
+    tasks = tasks_of(pairs)
     buckets = plan_buckets(tasks, filtering.buckets)
     counting = [
         ShardStep(name="counted", tasks=buckets, folder=f"{WORK_FOLDER}/{FREQUENT}"),
@@ -123,14 +123,6 @@ def plan(config: Config, *, root: Path) -> Iterator[str]:
     trial = try_rows(first, lambda tried: len(judge_all(iter(tried), config.rules)), bytes_of=_bytes_on_disk)
     rows = read_manifest(pairs)["rows_out"]
     return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers)
-
-
-def plan_shards(pairs: Path) -> list[ShardTask]:
-    """One task for each shard of the input, by its manifest."""
-    return [
-        ShardTask(shard=entry["shard"], input_digest=digest_of(entry["files"]))
-        for entry in read_manifest(pairs)["shards"]
-    ]
 
 
 def plan_buckets(tasks: Sequence[ShardTask], buckets: int) -> list[ShardTask]:

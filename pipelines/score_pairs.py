@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cogview.config import digest_of, input_field, require_positive, runtime_field
+from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
@@ -30,7 +30,7 @@ from cogview.records.pair_shards import write_pair_shard
 from cogview.records.tars import read_pairs
 from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name
 from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
-from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry, tasks_of
 from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
 
 PRODUCERS = {"pairs": "scrape_pairs, import_pairs or filter_pairs"}
@@ -66,7 +66,7 @@ def main(config: Config, run: JobRun) -> None:
     pairs, scorer = given_folders(config, PRODUCERS)["pairs"], given_scorer(config)
     load_scorer(scorer)  # what is wrong with it is better known now
     work = partial(score_shard, pairs=pairs, scorer=scorer, output=run.output, batch_size=config.batch_size)
-    tasks = plan_shards(pairs)
+    tasks = tasks_of(pairs)
     entries = run_shards(
         work, tasks, folder=run.output, run=run, workers=config.workers, num_gpus=config.gpus, note="scored"
     )
@@ -78,7 +78,7 @@ def plan(config: Config, *, root: Path) -> Iterator[str]:
     """What `--plan` tells: the shards, and an estimate from scoring the first pairs."""
     pairs, scorer = given_folders(config, PRODUCERS)["pairs"], given_scorer(config)
     score, planned = load_scorer(scorer), plan_job(JOB, config, root=root)
-    tasks = plan_shards(pairs)
+    tasks = tasks_of(pairs)
     first = (pair for task in tasks for pair in read_pairs(pairs / shard_name(task.shard, "tar")))
     trial = try_rows(
         first,
@@ -95,12 +95,6 @@ def given_scorer(config: Config) -> Path:
     if config.scorer is None:
         raise ConfigError(f"scorer is not given; name a Python file with a function {FUNCTION} with --scorer")
     return config.scorer
-
-
-def plan_shards(pairs: Path) -> list[ShardTask]:
-    """One task for each shard of the input, by its manifest."""
-    shards = read_manifest(pairs)["shards"]
-    return [ShardTask(shard=entry["shard"], input_digest=digest_of(entry["files"])) for entry in shards]
 
 
 def score_shard(task: ShardTask, *, pairs: Path, scorer: Path, output: Path, batch_size: int) -> ShardEntry:

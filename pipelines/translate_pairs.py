@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from cogview.config import digest_of, input_field, runtime_field
+from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError
 from cogview.filters.scripts import SCRIPTS, letters_by_script
 from cogview.filters.translation import TranslationSettings, Translator
@@ -27,7 +27,7 @@ from cogview.records.pair_shards import write_pair_shard
 from cogview.records.tars import read_pairs
 from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name
 from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
-from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry, tasks_of
 from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
 
 PRODUCERS = {"pairs": "filter_pairs", "model": "CTranslate2's converters"}
@@ -72,7 +72,7 @@ def main(config: Config, run: JobRun) -> None:
     load_translator(folders["model"], config.translation, config.device)  # what is wrong with it is better known now
     work = partial(translate_shard, config=config, output=run.output, pairs=folders["pairs"], model=folders["model"])
     num_gpus = 1.0 if config.device == "cuda" else 0.0
-    tasks = plan_shards(folders["pairs"])
+    tasks = tasks_of(folders["pairs"])
     entries = run_shards(
         work, tasks, folder=run.output, run=run, workers=config.workers, num_gpus=num_gpus, note="translated"
     )
@@ -85,7 +85,7 @@ def plan(config: Config, *, root: Path) -> Iterator[str]:
     """What `--plan` tells: the shards, and an estimate from translating the first pairs."""
     folders, planned = given_folders(config, PRODUCERS), plan_job(JOB, config, root=root)
     translator = load_translator(folders["model"], config.translation, config.device)
-    tasks = plan_shards(folders["pairs"])
+    tasks = tasks_of(folders["pairs"])
     first = (pair for task in tasks for pair in read_pairs(folders["pairs"] / shard_name(task.shard, "tar")))
     trial = try_rows(
         first,
@@ -95,12 +95,6 @@ def plan(config: Config, *, root: Path) -> Iterator[str]:
     rows = read_manifest(folders["pairs"])["rows_out"]
     steps = [ShardStep(name="translated", tasks=tasks)]
     return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers)
-
-
-def plan_shards(pairs: Path) -> list[ShardTask]:
-    """One task for each shard of the input, by its manifest."""
-    shards = read_manifest(pairs)["shards"]
-    return [ShardTask(shard=entry["shard"], input_digest=digest_of(entry["files"])) for entry in shards]
 
 
 def translate_shard(task: ShardTask, *, pairs: Path, model: Path, output: Path, config: Config) -> ShardEntry:

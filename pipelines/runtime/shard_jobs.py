@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cogview.errors
+from cogview.config import digest_of
 from cogview.errors import CogViewError, ConfigError, ManifestError
 from cogview.records.containment import contained
 from cogview.shards.manifest import (
@@ -22,6 +23,7 @@ from cogview.shards.manifest import (
     ShardEntry,
     file_record,
     read_entry,
+    read_manifest,
     remove_temporary,
     shard_name,
     write_entry,
@@ -51,6 +53,12 @@ class ShardTask:
 
 
 Work = Callable[[ShardTask], ShardEntry]
+
+
+def tasks_of(folder: Path) -> list[ShardTask]:
+    """One task for each shard of an input folder, by its manifest."""
+    shards = read_manifest(folder)["shards"]
+    return [ShardTask(shard=entry["shard"], input_digest=digest_of(entry["files"])) for entry in shards]
 
 
 def run_shards(
