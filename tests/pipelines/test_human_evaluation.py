@@ -530,7 +530,7 @@ def test_models_are_given_by_name_and_folder(tmp_path):
             human_evaluation.study_config(replace(config, models=models), root=tmp_path)
 
 
-def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_root):
+def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_root, caplog):
     systems = write_systems(tmp_path, number=4)
     order = read_order(["human_evaluation", "smoke", "--root", str(run_root), "--verbose"])
     config = human_evaluation.Config(
@@ -554,6 +554,7 @@ def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_r
     ]
     assert [done.was_done for done in counted] == [False, True]
     assert counted[0].scores["best/ours"] == 1
+    assert "MLflow missed" not in caplog.text
     with human_evaluation.open_ballots(config, study) as ballots:
         judge_all(ballots, "Bob", best="named")
     config_now = count_votes.resolve(count_votes.Config(), root=run_root)
