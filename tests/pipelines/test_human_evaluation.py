@@ -491,6 +491,16 @@ def test_only_pages_of_this_server_are_answered_and_others_need_the_token(ballot
     visit(ballots, work, token=TOKEN)
 
 
+def test_the_greeting_says_where_to_go_and_keeps_the_token_to_itself(ballots, study):
+    plain = Booth(study, ballots, gate=Gate(), results_key=KEY).greeting("http://127.0.0.1:1")
+    assert "Evaluators: http://127.0.0.1:1 " in plain
+    assert f"http://127.0.0.1:1/results#key={KEY}" in plain
+    guarded = Booth(study, ballots, gate=Gate(token=TOKEN), results_key=KEY).greeting("http://10.0.0.1:1")
+    assert "http://10.0.0.1:1/#token=<" in guarded
+    assert f"#key={KEY}&token=<" in guarded
+    assert TOKEN not in guarded
+
+
 def test_results_are_for_whoever_has_their_key(ballots, study):
     async def work(session):
         async with session.get("/results/data") as answer:
