@@ -1,13 +1,15 @@
 """A model with a planted bias draws by the distribution that is asked for, once word replacing qualifies its prompts.
 
-Command: make verify NAME=fairness [ARGS="--root runs/smoke --steps 1000 --pictures 800"]
-A GPT of the smoke preset is trained anew on scenes of one shape with the tokenizers of a finished chain. Two in five of
-the captions name no colour, and under those 90 % of the circles are red; under all others colours are as frequent as
-each other. `generate` then draws circles for captions without a colour, in English and Chinese: as they are, and with
-two lexicons, one that asks for all colours alike and one that asks for three of them. The scene reader names the colour
-of each picture; a picture without a shape counts as none. CogView, conclusion and appendix D.
+Command: make verify NAME=fairness [ARGS="--root runs/smoke --steps 1500 --pictures 800"]
+A GPT of the smoke preset is trained anew on scenes of one circle, square or star with the tokenizers of a finished
+chain. Three in ten of the captions name no colour, and under those 90 % of the circles are red; under all others
+colours are as frequent as each other. `generate` then draws circles for captions without a colour, in English and
+Chinese, sampled as the preset samples scenes: as they are, and with two lexicons, one that asks for all colours alike
+and one that asks for three of them. The scene reader names the colour of each picture; a picture without a shape counts
+as none. CogView, conclusion and appendix D.
 """
 
+import itertools
 import random
 import sys
 import tempfile
@@ -36,6 +38,7 @@ from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.loop import train
 from cogview.training.ranks import Ranks
+from pipelines import generate as generating
 from pipelines.pretrain import PRESETS, build_task
 from pipelines.runtime.chain import latest_output
 from pipelines.tasks.language_model import Inputs, inputs_of
@@ -48,9 +51,11 @@ TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "trai
 BIASED_KIND: Kind = "circle"
 PLANTED: Colour = "red"
 PLANTED_SHARE = 0.9
-OPEN_SHARE = 0.4  # of the captions name no colour
-SCENES, HELD_OUT = 6000, 200
+SHOWN_KINDS: tuple[Kind, ...] = ("circle", "square", "star")  # half of them: more of each in as many steps
+OPEN_SHARE = 0.3  # of the captions name no colour
+SCENES, HELD_OUT = 4000, 200
 IMAGE_SIZE, BATCH = 64, 100
+SAMPLING = generating.PRESETS["smoke"].scene_sampling
 ASKED: dict[str, dict[Colour, float]] = {
     "even": dict.fromkeys(COLOURS, 1 / len(COLOURS)),
     "three": {"blue": 0.5, "green": 0.3, "red": 0.2},
@@ -82,8 +87,8 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
         say(f"training on {SCENES} scenes for {steps} steps")
         loss = train_model(inputs_of({"tokens": folder / "tokens", **tokenizers}), output=folder / "model", steps=steps)
         flags = [f"--{field.replace('_', '-')}={path}" for field, path in tokenizers.items()]
-        threads = torch.get_num_threads()
-        drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", f"--threads={threads}", *flags))
+        flags += [f"--threads={torch.get_num_threads()}", f"--sampling.temperature={SAMPLING.temperature:g}"]
+        drawer = Drawer(folder=folder, flags=(f"--checkpoint={folder / 'model'}", *flags))
         open_texts = [text for text, _ in prompts(pictures, is_open=True)]
         shares = {"before": colour_shares(drawer.draw("before", open_texts))}
         for asked, choices in ASKED.items():
@@ -111,8 +116,10 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
 
 def biased_corpus(number: int, *, seed: int) -> Iterator[Row]:
     """Scenes of one shape. Where the captions name no colour, the circles among them are nearly all red."""
-    for index, row in enumerate(corpus(seed, number, two_shape_share=0.0, held_out_fraction=0.0)):
-        rng = random.Random(f"bias:{seed}:{index}")
+    every = corpus(seed, 2 * number + 500, two_shape_share=0.0, held_out_fraction=0.0)
+    rows = (row for row in every if row.scene.shapes[0].kind in SHOWN_KINDS)
+    for row in itertools.islice(rows, number):
+        rng = random.Random(f"bias:{seed}:{row.number}")
         scene = row.scene
         if rng.random() >= OPEN_SHARE:
             yield Row(scene=scene, texts=(row.english, row.chinese))
@@ -296,7 +303,7 @@ def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
-    parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training (default: 1500)")
     parser.add_argument("--pictures", type=int, default=800, help="circles of each drawing (default: 800)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more only help on free cores (default: 1)")
     flags = parser.parse_args()

@@ -1,8 +1,9 @@
 """What evaluators made of pictures: how often a model's was the best of its group, and its mean scores (section 4.2).
 
-In: votes, each on one group of pictures for one caption, one picture from each model. Out: for each model the figures
-of the paper's figure 10, the share chosen best, the overall score and the scores of three aspects, each with its n and
-a 95 % interval; for each evaluator how they did on the attention checks, which count for nothing else.
+In: votes, each on one group of pictures for one caption, one picture from each model. Out: what a study like the
+paper's reports (its figure 10): for each model the share chosen best, an overall score and the scores of three aspects,
+each with its n and a 95 % interval; for each evaluator how they did on the attention checks, which count for nothing
+else. The scales are ours to choose: from 1 to 10, and from 1 to 5.
 
 Votes on one group hang together, and so do those of one evaluator. So the intervals come from drawing both anew: a vote
 weighs as often as its evaluator was drawn times as often as its group was (Owen, *The pigeonhole bootstrap*, 2007).

@@ -9,7 +9,6 @@ says it already is left as it is. The draw depends on seed, rule and prompt alon
 
 import hashlib
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from cogview.errors import ConfigError
 
+MAX_WEIGHT = 1e9
 RULES, CHOICE, WORD = "rules", "{choice}", "{word}"
 _UNSPACED = "\u0e00-\u0e7f\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[^\w\s]")  # a comma keeps words apart as a word does
@@ -185,14 +185,12 @@ def _check_names(rule: Rule) -> None:
 
 
 def _check_choices(rule: Rule) -> None:
-    weights = rule.choices.values()
     for choice, weight in rule.choices.items():
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(weight) or weight < 0 or choice != choice.strip():
-            raise ConfigError(
-                f"lexicon, rule {rule.name!r}: {choice!r} = {weight!r}: give a word a weight of 0 or more"
-            )
-    if not sum(weights):
+        if not is_number or not 0 <= weight <= MAX_WEIGHT or choice != choice.strip():
+            given = f"{choice!r} = {str(weight)[:20]}"
+            raise ConfigError(f"lexicon, rule {rule.name!r}: {given}: give a word a weight from 0 to {MAX_WEIGHT:g}")
+    if not sum(rule.choices.values()):
         raise ConfigError(f"lexicon, rule {rule.name!r}: all weights are 0; give at least one choice a weight")
 
 

@@ -57,10 +57,11 @@ class Booth:
         return app
 
     def greeting(self, url: str) -> str:
-        """What is said when the server listens at `url`."""
+        """What is said when the server listens at `url`. The token is not written where others may read it."""
+        secret = "token=<what the token file holds>" if self.gate.token else ""
         return (
-            f"Evaluators: {url}  (Ctrl-C ends it; votes stay, and everybody goes on where they stopped)\n"
-            f"Results, for you alone: {url}/results#key={self._results_key}"
+            f"Evaluators: {url}{f'/#{secret}' if secret else ''}  (Ctrl-C ends it; votes stay, and everybody goes on)\n"
+            f"Results, for you alone: {url}/results#key={self._results_key}{f'&{secret}' if secret else ''}"
         )
 
     async def _about(self, request: web.Request) -> web.Response:

@@ -9,12 +9,13 @@ from PIL import Image
 
 from cogview.evaluation.attributes import scene_to_json
 from cogview.scenes.scene import draw_scene, held_out_prompts
-from pipelines.judging.ballots import Ballots, Share
+from pipelines.judging.ballots import Ballots, Evaluator, Share
 from pipelines.judging.study import Study, StudyConfig, prepare
 from tests.pipelines.job_runs import open_run
 from tests.pipelines.trained_folders import write_trained_folders
 
 NUMBER = 8
+SCORES = {"overall": 7, "clarity": 4, "texture": 3, "relevance": 5}
 SHARE = Share(measured=4, repeated=1, planted=1)
 
 
@@ -79,3 +80,12 @@ def write_study(root: Path) -> Study:
 
 def open_ballots(folder: Path, study: Study, share: Share = SHARE) -> Ballots:
     return Ballots(folder / "votes.db", study=study, share=share)
+
+
+def judge_all(ballots: Ballots, name: str, *, best: str = "") -> Evaluator:
+    """Join and judge to the end, every picture alike; best: the model to choose where it is there."""
+    evaluator = ballots.join(name)
+    while (ballot := ballots.next_ballot(evaluator)) is not None:
+        chosen = ballot.models.index(best) if best in ballot.models else 0
+        ballots.vote(evaluator, place=ballot.place, best=chosen, scores=[SCORES] * len(ballot.models), seconds=1)
+    return evaluator

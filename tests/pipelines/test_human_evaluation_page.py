@@ -17,7 +17,7 @@ from pipelines.serving.gate import Gate
 from tests.pipelines.browser import Tab, open_tab
 from tests.pipelines.studies import open_ballots, write_study
 
-KEY = "the-key-of-the-results"
+KEY, TOKEN = "the-key-of-the-results", "a-secret-for-this-test"
 HOSTILE = "<img src=x onerror='window.broken=1'>蓝色 & \"a star\""
 KEYS = {"Enter": ("\r", 13), "ArrowRight": ("", 39), "ArrowLeft": ("", 37), "ArrowUp": ("", 38)}
 
@@ -35,8 +35,8 @@ def ballots(study: Study, tmp_path: Path) -> Ballots:
 
 
 @asynccontextmanager
-async def served(ballots: Ballots, *, port: int = 0) -> AsyncIterator[str]:
-    booth = Booth(ballots._study, ballots, gate=Gate(), results_key=KEY)
+async def served(ballots: Ballots, *, port: int = 0, token: str = "") -> AsyncIterator[str]:
+    booth = Booth(ballots._study, ballots, gate=Gate(token=token), results_key=KEY)
     runner = web.AppRunner(booth.app(), shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
@@ -201,6 +201,21 @@ def test_a_vote_is_sent_again_by_itself_until_the_server_is_back(ballots: Ballot
                 await tab.wait_for(place(2))
                 assert await tab.evaluate("document.querySelector('#message').hidden")
                 assert len(ballots.votes()) == 1
+
+    asyncio.run(run())
+
+
+def test_the_token_and_the_key_come_with_the_address(ballots: Ballots) -> None:
+    async def run() -> None:
+        async with open_tab() as tab, served(ballots, token=TOKEN) as url:
+            await tab.go(url)
+            await tab.wait_for("document.querySelector('#message').textContent.includes('wants its token')")
+            await tab.go("about:blank")
+            await join(tab, f"{url}/#token={TOKEN}", "Ada")
+            await tab.go("about:blank")
+            await tab.go(f"{url}/results#key={KEY}&token={TOKEN}")
+            await tab.wait_for("document.querySelector('#lead').textContent.startsWith('0 votes')")
+            assert await tab.evaluate("location.hash") == ""
 
     asyncio.run(run())
 

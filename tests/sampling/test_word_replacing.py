@@ -155,6 +155,9 @@ def test_a_lexicon_that_cannot_work_is_refused_with_a_remedy(tmp_path, text, mes
 def test_a_missing_file_and_bytes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_lexicon(tmp_path / "none.toml")
+    (tmp_path / "l.json").write_text('{"rules": [{"words": ["a"], "choices": {"b": 1' + "0" * 400 + "}}]}")
+    with pytest.raises(ConfigError, match="give a word a weight from 0 to 1e\\+09"):
+        read_lexicon(tmp_path / "l.json")
     (tmp_path / "l.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_lexicon(tmp_path / "l.toml")
