@@ -40,7 +40,7 @@ from pipelines.tasks.caption_choice import (
     read_translations,
     write_rows,
 )
-from pipelines.tasks.evaluation_page import Evaluated, write_evaluation
+from pipelines.tasks.evaluation_page import Evaluated, warning_lines, write_evaluation
 from pipelines.tasks.evaluation_scores import ScoreConfig, Scoring, metric_key, score_side, side_files
 from pipelines.tasks.picture_measures import (
     RECONSTRUCTED,
@@ -356,8 +356,8 @@ def tell(evaluated: Evaluated, *, run: JobRun) -> None:
     figure, sheet = write_evaluation(evaluated, run.output)
     for row in evaluated.rows:
         run.scores[f"{row['side']}/{metric_key(row['score'])}"] = row["value"]
-        for text in row["warnings"]:
-            run.say(f"{row['side']}, {row['score']}: {text}")
+    for line in warning_lines(evaluated):
+        run.say(line)
     run.tracker.log_figure(figure, "distances.png")
     run.tracker.log_image(sheet, "pictures.png")
     run.tracker.log_table(list(evaluated.rows), "scores.json")
