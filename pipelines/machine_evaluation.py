@@ -113,7 +113,7 @@ class Config:
     resize: Resize = "bilinear"
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     seed: int = 0
-    shard_size: int = 100
+    shard_size: int = 25
     batch_size: int = 60
     device: str = runtime_field("cpu")
     threads: int = runtime_field(2)
@@ -145,7 +145,6 @@ PRESETS: dict[str, Config] = {
         sampling=SamplingConfig(top_k=12),  # of 512 codes, as the release keeps 200 of 8192
         image_size=64,
         extractor="seeded",
-        shard_size=25,
         batch_size=50,
         device="cpu",
     ),
