@@ -25,6 +25,7 @@ from benchmarks.captioner import finetuned
 from benchmarks.chains import MODELS, folders_by_field
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from benchmarks.processes import ProcessWatch
+from cogview.evaluation.blur import RADII
 from cogview.shards.manifest import file_record, read_json
 from pipelines.runtime.jobs import COMPLETE_NAME
 
@@ -39,6 +40,7 @@ JOB = "machine_evaluation"
 CORPUS = {"reference": "filter_pairs", "tokens": "tokenize_pairs"}
 COMPARED = ("*/*.features/*", "*/pictures/*.png", "scores/*/*.json", "scores.json", "captions.tsv")
 PATIENCE_S = 900.0
+FIRST_KILL, LAST_KILL = 0.1, 0.8  # of all shards and scores
 
 
 def measure(*, root: Path, captions: int, candidates: int, kills: int, seed: int, flags: Sequence[str]) -> Figures:
@@ -84,7 +86,7 @@ class Runs:
         """Run to the end, with so many kills on the way, each after more was done. UnmeasuredError if it fails."""
         for number in range(kills + 1):
             driver = self._start(root)
-            if number < kills and self._wait_for_work(driver, root, share=(number + 0.5) / kills):
+            if number < kills and self._wait_for_work(driver, root, share=kill_share(number, kills=kills)):
                 self._kill(driver, kind="worker" if number % 2 else "driver")
             code = driver.wait(timeout=PATIENCE_S)
             if code == 0:
@@ -108,7 +110,7 @@ class Runs:
             if driver.poll() is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
-        time.sleep(self.generator.uniform(0, 1))
+        time.sleep(self.generator.uniform(0, 0.3))
         return driver.poll() is None
 
     def _kill(self, driver: subprocess.Popen[bytes], *, kind: str) -> None:
@@ -119,7 +121,7 @@ class Runs:
                     if "Map" in "".join(process.cmdline()[:1]):
                         process.kill()
                         self.kills.append("worker")
-                        time.sleep(self.generator.uniform(0, 2))
+                        time.sleep(self.generator.uniform(0, 1))
                         break
                 except psutil.Error:
                     continue
@@ -129,6 +131,11 @@ class Runs:
             say(f"killed: {self.kills}")
 
 
+def kill_share(number: int, *, kills: int) -> float:
+    """When to kill: the first time amid the first shards, the last time amid the scores."""
+    return FIRST_KILL + (LAST_KILL - FIRST_KILL) * number / max(1, kills - 1)
+
+
 def done_share(root: Path) -> float:
     """How much of a run's shards and scores there is, of what its plan says; about, for people and for kills."""
     outputs = list((root / JOB).glob("*"))
@@ -136,7 +143,7 @@ def done_share(root: Path) -> float:
     if not outputs or not plans[0].is_file():
         return 0.0
     shards = len(read_json(plans[0])["shards"])
-    scores = 3 * len(("FD",) * 5 + ("KD", "precision and recall", "CapLoss"))
+    scores = 1 + 2 * len((*RADII, "KD", "precision and recall", "CapLoss"))  # of the real pictures CapLoss alone
     done = len(list(outputs[0].glob("_manifest/shard-*.json"))) + len(list(outputs[0].glob("scores/*/*.json")))
     return done / (shards + scores)
 

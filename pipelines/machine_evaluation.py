@@ -40,7 +40,7 @@ from pipelines.tasks.caption_choice import (
     read_translations,
     write_rows,
 )
-from pipelines.tasks.evaluation_page import Evaluated, write_evaluation
+from pipelines.tasks.evaluation_page import Evaluated, warning_lines, write_evaluation
 from pipelines.tasks.evaluation_scores import ScoreConfig, Scoring, metric_key, score_side, side_files
 from pipelines.tasks.picture_measures import (
     RECONSTRUCTED,
@@ -113,7 +113,7 @@ class Config:
     resize: Resize = "bilinear"
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     seed: int = 0
-    shard_size: int = 100
+    shard_size: int = 25
     batch_size: int = 60
     device: str = runtime_field("cpu")
     threads: int = runtime_field(2)
@@ -145,7 +145,6 @@ PRESETS: dict[str, Config] = {
         sampling=SamplingConfig(top_k=12),  # of 512 codes, as the release keeps 200 of 8192
         image_size=64,
         extractor="seeded",
-        shard_size=25,
         batch_size=50,
         device="cpu",
     ),
@@ -356,8 +355,8 @@ def tell(evaluated: Evaluated, *, run: JobRun) -> None:
     figure, sheet = write_evaluation(evaluated, run.output)
     for row in evaluated.rows:
         run.scores[f"{row['side']}/{metric_key(row['score'])}"] = row["value"]
-        for text in row["warnings"]:
-            run.say(f"{row['side']}, {row['score']}: {text}")
+    for line in warning_lines(evaluated):
+        run.say(line)
     run.tracker.log_figure(figure, "distances.png")
     run.tracker.log_image(sheet, "pictures.png")
     run.tracker.log_table(list(evaluated.rows), "scores.json")

@@ -37,12 +37,20 @@ class FeatureRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def batches(self, *, size: int = BATCH) -> Iterator[Features]:
-        """All rows in their order, [B, D] each; a batch does not reach over the end of a file."""
+        """All rows in their order, [B, D] each, `size` together but for the last; files may be smaller."""
+        waiting: list[Features] = []
         for part in self._parts:
-            rows = _open(part)
-            for start in range(0, len(rows), size):
-                yield np.array(rows[start : start + size])
+            rows, start = _open(part), 0
+            while start < len(rows):
+                stop = start + size - sum(map(len, waiting))
+                waiting.append(np.array(rows[start:stop]))
+                start = stop
+                if sum(map(len, waiting)) == size:
+                    yield np.concatenate(waiting)
+                    waiting = []
             del rows
+        if waiting:
+            yield np.concatenate(waiting)
 
     def take(self, numbers: npt.NDArray[np.int64]) -> Features:
         """The rows with these numbers, in this order."""

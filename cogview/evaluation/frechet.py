@@ -88,12 +88,12 @@ def moments_of(rows: FeatureRows, *, weights_N: npt.NDArray[np.generic] | None =
 def frechet_distance(first: Moments, second: Moments) -> float:
     """The squared Frechet distance of the two Gaussians; 0 for equal ones, up to rounding.
 
-    tr((C1 C2)^(1/2)) is the sum of the singular values of C1^(1/2) C2^(1/2): these come out with an error of float64's
-    size, where the eigenvalues of C1 C2 would come out with its root.
+    tr((C1 C2)^(1/2)) is the sum of the singular values of F1^T F2 for any factors C = F F^T: these come out with an
+    error of float64's size, where the eigenvalues of C1 C2 would come out with its root.
     """
     means = float((first.mean_D - second.mean_D).square().sum())
     traces = float(first.covariance_DD.trace() + second.covariance_DD.trace())
-    shared = torch.linalg.svdvals(_root(first.covariance_DD) @ _root(second.covariance_DD)).sum()
+    shared = torch.linalg.svdvals(_factor(first.covariance_DD).T @ _factor(second.covariance_DD)).sum()
     return max(0.0, means + traces - 2 * float(shared))  # rounding may leave -1e-12
 
 
@@ -114,10 +114,13 @@ def frechet_estimate(
     return spread_estimate(value, resampled, n=min(len(rows), len(reference)), least=0.0)
 
 
-def _root(matrix_DD: Tensor) -> Tensor:
-    """The symmetric square root of a covariance; eigenvalues that are rounding errors count as 0."""
+def _factor(matrix_DD: Tensor) -> Tensor:
+    """F with F F^T = the covariance. Cholesky's where it has full rank, which takes a tenth of the time of its root."""
+    lower_DD, failure = torch.linalg.cholesky_ex(matrix_DD)
+    if not int(failure):
+        return lower_DD
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
     smallest = values_D.abs().max() * len(values_D) * torch.finfo(values_D.dtype).eps
-    values_D = torch.where(values_D > smallest, values_D, 0.0)
-    root_DD: Tensor = (vectors_DD * values_D.sqrt()) @ vectors_DD.T
-    return root_DD
+    values_D = torch.where(values_D > smallest, values_D, 0.0)  # what is left of rounding
+    factor_DD: Tensor = vectors_DD * values_D.sqrt()
+    return factor_DD

@@ -35,6 +35,7 @@ PAPER_ROWS: Mapping[str, tuple[float | None, ...]] = {
 PAPER_CAPTIONS = 30_000
 COLOURS = ("#d1495b", "#3b6ea5", "#2c7a5b", "#d98e04", "#7a5195", "#8a909c")
 NOTHING = "–"
+ORDER = ("F", "IS", "CapLoss", "K", "precision", "recall", "CLIP")  # the paper's columns, then others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,7 @@ def write_evaluation(evaluated: Evaluated, output: Path) -> tuple["Figure", Imag
         ],
         "is_fid": evaluated.facts.is_published,
         "caution": _caution(evaluated),
-        "warnings": sorted(
-            {f"{row['side']}, {row['score']}: {text}" for row in evaluated.rows for text in row["warnings"]}
-        ),
+        "warnings": warning_lines(evaluated),
         "settings": evaluated.settings,
         "rejected": {side: reasons for side, reasons in evaluated.rejected.items() if reasons},
         "rows": evaluated.rows,
@@ -86,20 +85,32 @@ def write_evaluation(evaluated: Evaluated, output: Path) -> tuple["Figure", Imag
     return figure, sheet
 
 
-def pivot(evaluated: Evaluated) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(columns, for each side its cells): value, and its interval."""
-    columns = list(dict.fromkeys(row["score"] for row in evaluated.rows))
+def pivot(evaluated: Evaluated) -> tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]:
+    """(columns in the paper's order, for each side its cells: the value, and its interval)."""
+    names = dict.fromkeys(row["score"] for row in evaluated.rows)
+    columns = sorted(
+        names, key=lambda name: next((n for n, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
+    )
     found = {(row["side"], row["score"]): row for row in evaluated.rows}
     table = []
     for side in evaluated.sides:
         cells = [found.get((side, column)) for column in columns]
-        table.append((side, [NOTHING if row is None else cell(row) for row in cells]))
+        table.append((side, [(NOTHING, "") if row is None else cell(row) for row in cells]))
     return columns, table
 
 
-def cell(row: Mapping[str, Any]) -> str:
-    """`27.1 (26.8 to 27.4)`."""
-    return f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})"
+def warning_lines(evaluated: Evaluated) -> list[str]:
+    """What keeps scores from being believed, each once, with the scores that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in evaluated.rows:
+        for text in row["warnings"]:
+            about.setdefault(text, []).append(f"{row['side']} {row['score']}")
+    return [f"{text} (of {', '.join(names)})" for text, names in about.items()]
+
+
+def cell(row: Mapping[str, Any]) -> tuple[str, str]:
+    """`27.1` and `26.8 to 27.4`."""
+    return f"{row['value']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}"
 
 
 def plot_distances(evaluated: Evaluated) -> "Figure":
@@ -119,7 +130,8 @@ def plot_distances(evaluated: Evaluated) -> "Figure":
                 [row["value"] - row["low"] for row in rows if row],
                 [row["high"] - row["value"] for row in rows if row],
             ]
-            axes.errorbar(places, values, yerr=reach, label=side, color=COLOURS[number % len(COLOURS)], capsize=3)
+            shifted = [place + 0.04 * (number - len(evaluated.sides) / 2) for place in places]
+            axes.errorbar(shifted, values, yerr=reach, label=side, color=COLOURS[number % len(COLOURS)], capsize=3)
     if evaluated.facts.is_published and tuple(evaluated.radii) == (0, 1, 2, 4, 8):
         for system, cells in PAPER_ROWS.items():
             axes.plot(places, [cell or 0.0 for cell in cells[:5]], ":", color="#8a909c", linewidth=1)
@@ -147,7 +159,7 @@ def draw_sides(evaluated: Evaluated, output: Path) -> Image.Image:
 def _lead(evaluated: Evaluated) -> str:
     return (
         f"{len(evaluated.captions):,} captions ({evaluated.captions_digest[:12]}), features of {evaluated.facts.name} "
-        f"(sha256 {evaluated.facts.sha256[:12]}), resized: {evaluated.facts.resize}. In brackets: 95 % intervals."
+        f"(sha256 {evaluated.facts.sha256[:12]}), resized: {evaluated.facts.resize}. Below each score: 95 % intervals."
     )
 
 

@@ -184,3 +184,25 @@ def test_contrast_comes_before_blur_and_is_about_the_mean_grey():
     stretched = np.asarray(with_contrast(picture, 1.5)).astype(float)
     assert np.abs(stretched - np.clip(grey + 1.5 * (np.asarray(picture).astype(float) - grey), 0, 255)).max() <= 1.01
     assert blurred(picture, radius=0) is picture
+
+
+def test_inception_is_that_of_torch_fidelity(tmp_path):
+    fidelity = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed"
+    )
+    torch.manual_seed(0)
+    network = InceptionNetwork()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.01, 0.2)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.normal_(module.bias, std=0.3)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    names = ["2048", "logits_unbiased"]
+    theirs = fidelity.FeatureExtractorInceptionV3("test", names, str(tmp_path / "weights.pth"))
+    pixels = pixels_of(photos(2))
+    features, scores = theirs(pixels)
+    extracted = InceptionExtractor(tmp_path / "weights.pth", resize="bilinear_tensorflow")(pixels)
+    assert np.abs(features[0] - features[1]).max() > 0.01 * float(features.abs().max()), "pictures tell apart"
+    assert np.allclose(extracted.features_BD, features, rtol=1e-3, atol=1e-4 * float(features.abs().max()))
+    assert np.allclose(extracted.logits_BK, scores, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))

@@ -205,7 +205,8 @@ def test_rows_are_taken_by_number_over_files(tmp_path):
     table = FeatureRows([tmp_path / "first.npy", features[12:]])
     numbers = np.array([19, 0, 12, 11, 0])
     assert np.array_equal(table.take(numbers), features[numbers])
-    assert [len(batch) for batch in table.batches(size=5)] == [5, 5, 2, 5, 3]
+    assert [len(batch) for batch in table.batches(size=5)] == [5, 5, 5, 5]
+    assert np.array_equal(np.concatenate(list(table.batches(size=7))), features)
 
 
 def test_features_that_do_not_belong_together_are_refused(tmp_path):
