@@ -131,6 +131,18 @@ def test_the_iterative_stage_learns_with_shares_of_the_codes_masked(iterative, t
     assert model.config.stage == "iterative"
 
 
+@pytest.mark.parametrize("stage", ["direct", "iterative"])
+def test_half_precision_trains_what_is_not_frozen(direct, iterative, tokens: Path, tmp_path: Path, stage: str) -> None:
+    job, config = {"direct": (finetune_direct_sr, direct), "iterative": (finetune_iterative_sr, iterative)}[stage]
+    loop = replace(LOOP, num_steps=2, precision="bf16", micro_batch_size=2)
+    settings = job.settings_of(
+        replace(config, loop=loop, activation_checkpointing=True), tokens=tokens, output=tmp_path
+    )
+    train(StageTask(settings, ranks=Ranks()), config=loop, output=tmp_path, identity={}, ranks=Ranks())
+    model, _ = load_stage(tmp_path)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
 def test_a_step_is_the_same_however_many_workers_share_it(iterative, tokens: Path, tmp_path: Path) -> None:
     task = StageTask(finetune_iterative_sr.settings_of(iterative, tokens=tokens, output=tmp_path), ranks=Ranks())
     whole = task.batch(3, Ranks()).tensors
