@@ -182,6 +182,17 @@ def test_what_does_not_fit_is_refused(direct, iterative, tokens: Path, tmp_path:
         scenes_or_tokens(replace(direct, scenes=None), folders={}, ratio=2, run=open_run(tmp_path))
 
 
+def test_a_coglm_made_last_is_taken_before_the_model_of_the_chain(direct, tmp_path: Path) -> None:
+    open_config = replace(direct, checkpoint=None)
+    with pytest.raises(ConfigError, match="no chain"):
+        finetune_direct_sr.resolve(open_config, root=tmp_path)
+    newest = tmp_path / "pretrain_coglm" / "abc"
+    newest.mkdir(parents=True)
+    (newest / "complete.json").write_text("{}")
+    assert finetune_direct_sr.resolve(open_config, root=tmp_path).checkpoint == newest
+    assert finetune_direct_sr.resolve(direct, root=tmp_path) == direct
+
+
 def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
     write_small_coglm(tmp_path)
     folders = {"text_tokenizer": tmp_path / "text", "image_tokenizer": tmp_path / "image"}
