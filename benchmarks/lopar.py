@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=48 if is_gpu else 3, help="of the models (GPU: 48, CPU: 3)")
     parser.add_argument("--width", type=int, default=2560 if is_gpu else 128, help="their width (GPU: 2560, CPU: 128)")
     flags = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a second one waits for whatever else the machine does
     heads = max(1, flags.width // 64)
     config = GPTConfig(num_layers=flags.layers, hidden_size=flags.width, num_heads=heads, dropout=0.0)
     bars = [bar for bar in (*BARS, FASTER, *([GPU_BAR] if is_gpu else [])) if bar.figure.split("/")[0] in flags.only]

@@ -10,8 +10,7 @@ Time:    smoke: some seconds a picture on two cores
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,19 @@ from cogview.records.images import decode_image
 from cogview.records.pair import Unusable
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
-from cogview.sampling.coglm import CogLM
 from cogview.sampling.completion import Completer, CompletionConfig
-from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
+from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
 from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.masks import Box
 from cogview.shards.manifest import atomic_file
-from pipelines.runtime.chain import fill_from_chain, latest_output
-from pipelines.runtime.jobs import COMPLETE_NAME, Job, JobRun, given_folders
+from pipelines.runtime.jobs import Job, JobRun
+from pipelines.tasks.completing import CompleterFolders, find_folders, load_completer
 from pipelines.tasks.drawing import save_picture
 
 SAMPLES_FOLDER = "samples"
 TABLE_NAME = "samples.parquet"
 SHEET_NAME = "sheet.png"
 SHEET_ROWS = 12
-TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
-STAGES = {"direct": "finetune_direct_sr", "iterative": "finetune_iterative_sr"}
 REQUESTS_NAME = "requests.tsv"
 COLUMNS = 6  # of a line of requests
 MARKED = (220, 30, 30)
@@ -124,7 +120,7 @@ def main(config: Config, run: JobRun) -> None:
     """Complete every picture, then write the table and the sheet."""
     torch.set_num_threads(config.threads)
     requests = list(read_requests(config))
-    completer = load_completer(config)
+    completer = completer_of(config)
     rows: list[dict[str, Any]] = []
     tiles: list[Tile] = []
     for number, request in enumerate(requests):
@@ -146,38 +142,21 @@ def main(config: Config, run: JobRun) -> None:
 
 
 def resolve(config: Config, *, root: Path) -> Config:
-    """Fill in what is not given: the CogLM made last, its tokenizers, and the stages if both are there."""
-    if config.checkpoint is None:
-        config = replace(config, checkpoint=latest_output("pretrain_coglm", flag="--checkpoint", root=root))
-    if config.clusters is None and (config.filling.by_clusters or config.hierarchical.by_clusters):
-        config = replace(config, clusters=latest_output("cluster_codes", flag="--clusters", root=root))
-    if config.magnifies and config.direct is None:
-        found: dict[str, Any] = {
-            name: latest_output(job, flag=f"--{name}", root=root)
-            for name, job in STAGES.items()
-            if any((root / job).glob(f"*/{COMPLETE_NAME}"))
-        }
-        config = replace(config, **found) if "direct" in found else config
-    filled: Config = fill_from_chain(config, TOKENIZERS, root=root)
-    return filled
-
-
-def load_completer(config: Config) -> Completer:
-    """CogLM and, where they are given, both stages. ConfigError for stages that do not continue it."""
-    folders = given_folders(config, {"checkpoint": "pretrain_coglm", **TOKENIZERS})
-    checkpoint = folders.pop("checkpoint")
-    coglm = CogLM.load(checkpoint, **folders, clusters=config.clusters, device=config.device)
-    magnifier = None
-    if config.magnifies and config.direct is not None:
-        magnifier = HierarchicalMagnifier.load(
-            config.direct, config.iterative, **folders, clusters=config.clusters, device=config.device
-        )
-    return Completer(
-        fill=partial(coglm.fill, sampling=config.filling),
-        image_tokenizer=coglm.image_tokenizer,
-        grid=coglm.layout.grid,
-        magnifier=magnifier,
+    """Fill in what is not given: the CogLM made last, its tokenizers, and the stages if there are any."""
+    needs_clusters = config.filling.by_clusters or config.hierarchical.by_clusters
+    folders = find_folders(
+        CompleterFolders.of(config), root=root, magnifies=config.magnifies, needs_clusters=needs_clusters
     )
+    found: dict[str, Any] = {field.name: getattr(folders, field.name) for field in fields(folders)}
+    return replace(config, **found)
+
+
+def completer_of(config: Config) -> Completer:
+    """CogLM and, where they are given, both stages. ConfigError for stages that do not continue it."""
+    folders = CompleterFolders.of(config)
+    if not config.magnifies:
+        folders = replace(folders, direct=None, iterative=None)
+    return load_completer(folders, filling=config.filling, device=config.device)
 
 
 def complete(request: Request, completer: Completer, *, seeds: Sequence[int], config: Config) -> list[Image.Image]:

@@ -2,7 +2,7 @@
 
 Command: make serve
 Reads:   the outputs of pretrain, train_text_tokenizer, train_image_tokenizer and, where they are done, of
-         finetune_captioning (ranks candidates, captions pictures) and finetune_super_resolution
+         finetune_captioning (ranks candidates, captions pictures), finetune_super_resolution and pretrain_coglm
 Writes:  nothing; pictures go to whoever asked for them
 Time:    until Ctrl-C; smoke: 4 pictures of 64 x 64 pixels in about a second on two cores
 """
@@ -17,6 +17,10 @@ from cogview.config import input_field, require_positive
 from cogview.errors import ConfigError, VocabularyError
 from cogview.sampling.captioning import Captioner
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.cluster_choice import CogLMSampling
+from cogview.sampling.completion import Completer
+from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
+from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.super_resolution import SAMPLING, Magnifier
 from cogview.sampling.text_to_image import TextToImage
 from pipelines.runtime.chain import fill_from_chain, latest_output
@@ -28,6 +32,7 @@ from pipelines.serving.listening import check_address, listen, read_token, say
 from pipelines.serving.orders import Limits
 from pipelines.serving.studio import Studio
 from pipelines.serving.web import Site
+from pipelines.tasks.completing import PAINTER, CompleterFolders, find_folders, load_completer
 
 SOURCES = {
     "checkpoint": "pretrain",
@@ -35,6 +40,7 @@ SOURCES = {
     "image_tokenizer": "train_image_tokenizer",
 }
 SKILLS = {"captioner": "finetune_captioning", "magnifier": "finetune_super_resolution"}
+COGLM_ROOT = "coglm_"  # before the name of the root, as `make pretrain-coglm` has it
 Skill = TypeVar("Skill")
 
 
@@ -42,10 +48,12 @@ Skill = TypeVar("Skill")
 class Config:
     """Folders that are not given are those of the chain that ran last, and of the finetunes made from it.
 
-    captioner: ranks candidates and captions pictures; magnifier: draws pictures again at twice the size.
+    captioner: ranks candidates and captions pictures; magnifier: draws pictures again at twice the size; completer: the
+    root under which a CogLM and all that belongs to it were made, which draws parts of pictures anew.
     host, port: where to listen (port 0: any free one); another host than this machine's own needs token_file, a file
     with a secret of 16 characters or more that every client has to send; names: host names under which it is asked for.
-    sampling: of a request that does not say; magnify_sampling: of super-resolution. max_candidates: of one request;
+    sampling: of a request that does not say; magnify_sampling: of super-resolution; filling, hierarchical: of
+    completion and its stages. max_candidates: of one request;
     max_prompt: characters. batch_size: pictures drawn at once, from several requests; max_waiting: requests in the
     queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the machine.
     """
@@ -55,12 +63,15 @@ class Config:
     image_tokenizer: Path | None = input_field(default=None)
     captioner: Path | None = input_field(default=None)
     magnifier: Path | None = input_field(default=None)
+    completer: Path | None = input_field(default=None)
     host: str = "127.0.0.1"
     port: int = 8080
     token_file: Path | None = input_field(default=None)
     names: tuple[str, ...] = ()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     magnify_sampling: SamplingConfig = field(default_factory=lambda: SAMPLING)
+    filling: CogLMSampling = field(default_factory=CogLMSampling)
+    hierarchical: HierarchicalSampling = field(default_factory=HierarchicalSampling)
     max_candidates: int = 8
     max_prompt: int = 1000
     batch_size: int = 12
@@ -88,6 +99,12 @@ PRESETS: dict[str, Config] = {
         PAPER,
         sampling=SamplingConfig(temperature=0.5, top_k=12),  # a small model is less sure of what it knows
         magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),
+        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12)),
+        hierarchical=HierarchicalSampling(
+            by_clusters=False,
+            tokens=SamplingConfig(temperature=0.2, top_k=12),
+            lopar=LoPARConfig(top_k=(12,), temperature=0.2),
+        ),
         batch_size=32,
         device="cpu",
     ),
@@ -117,6 +134,8 @@ def load_studio(config: Config, *, root: Path) -> Studio:
         captioner=_skill("captioner", Captioner.load, tokenizers, config=config, root=root),
         magnifier=_skill("magnifier", Magnifier.load, tokenizers, config=config, root=root),
         magnify_sampling=config.magnify_sampling,
+        completer=_completer(config, root=root),
+        hierarchical=config.hierarchical,
     )
 
 
@@ -169,3 +188,21 @@ def _skill(
     except VocabularyError as error:
         say(f"left out: {error}")
         return None
+
+
+def _completer(config: Config, *, root: Path) -> Completer | None:
+    """What completes pictures: from the root that was given, else from that of a CogLM beside this one, else none."""
+    beside = root.parent / f"{COGLM_ROOT}{root.name}"
+    if config.completer is None and not (beside / PAINTER).is_dir():
+        return None
+    needs_clusters = config.filling.by_clusters or config.hierarchical.by_clusters
+    try:
+        folders = find_folders(
+            CompleterFolders(), root=config.completer or beside, magnifies=True, needs_clusters=needs_clusters
+        )
+    except ConfigError as error:
+        if config.completer is not None:
+            raise
+        say(f"left out: {error}")
+        return None
+    return load_completer(folders, filling=config.filling, device=config.device)

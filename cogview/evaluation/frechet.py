@@ -116,6 +116,7 @@ def frechet_estimate(
 
 def _factor(matrix_DD: Tensor) -> Tensor:
     """F with F F^T = the covariance. Cholesky's where it has full rank, which takes a tenth of the time of its root."""
+    lower_DD: Tensor
     lower_DD, failure = torch.linalg.cholesky_ex(matrix_DD)
     if not int(failure):
         return lower_DD

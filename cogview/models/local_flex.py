@@ -123,16 +123,21 @@ def _sorted(values_BHKD: Tensor, places_P: Tensor) -> Tensor:
 
 def _block_mask(rule: LocalRule, places: _Places, context_BC: Tensor) -> BlockMask:
     """The rule, and which blocks of keys it touches; all of them are checked place by place."""
-    touched_GK = _touched(rule, places)
+    counts_11G, order_11GK = _visited(rule, places.num_context, context_BC.device)
     batch = len(context_BC)
-    counts_B1G, order_B1GK = listed(touched_GK.expand(batch, -1, -1))
     return BlockMask.from_kv_blocks(
-        counts_B1G,
-        order_B1GK,
+        counts_11G.expand(batch, -1, -1),
+        order_11GK.expand(batch, -1, -1, -1),
         BLOCK_SIZE=(KERNEL_BLOCK, KERNEL_BLOCK),
         mask_mod=_mask_rule(rule, places, context_BC),
         seq_lengths=(len(places.queries_P), len(places.keys_P)),
     )
+
+
+@lru_cache(maxsize=RULES_KEPT)
+def _visited(rule: LocalRule, num_context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries visits, and which, those first; the same in every layer."""
+    return listed(_touched(rule, _places(rule, num_context, device))[None])
 
 
 def _mask_rule(rule: LocalRule, places: _Places, context_BC: Tensor) -> Rule:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from pipelines.runtime.failures import Isolated, first_line
 from pipelines.serving.fields import RefusedError
-from pipelines.serving.orders import CaptionOrder, DrawOrder, MagnifyOrder
+from pipelines.serving.orders import CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder
 from pipelines.serving.studio import Studio
 
 log = logging.getLogger(__name__)
 
-AnyOrder = DrawOrder | MagnifyOrder | CaptionOrder
+AnyOrder = DrawOrder | MagnifyOrder | CaptionOrder | CompleteOrder
 PARTS_SHOWN = 8  # how often a picture is shown while it is drawn
 FIRST_GUESS = 1.0  # seconds for a picture, until one has been drawn
 
@@ -167,6 +167,8 @@ class Desk:
             results: Sequence[Any] = [self.studio.caption(first)]
         elif isinstance(first, MagnifyOrder):
             results = [self.studio.magnify(first, progress=lambda done, total: self._check(batch))]
+        elif isinstance(first, CompleteOrder):
+            results = [self.studio.complete(first, progress=lambda done, total: self._check(batch))]
         else:
             orders = [ticket.order for ticket in batch if isinstance(ticket.order, DrawOrder)]
             results = self.studio.draw(orders, watch=lambda codes: self._watch(batch, codes))

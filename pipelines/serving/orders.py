@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cogview.errors import ConfigError
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.masks import Box
 from pipelines.serving.fields import RefusedError, read_fields, real_number, shown, whole_number
 
 MAX_SEED = 2**48  # exact in JSON, in JavaScript and in any table
 MAX_TEMPERATURE = 10.0
 EXAMPLE = '{"prompt": "a red circle"}'
+SIDES = ("top", "left", "bottom", "right")  # of a box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,16 @@ class CaptionOrder:
     pixels_HWC: npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompleteOrder:
+    """A part of a picture, uint8 [H, W, 3], to be drawn anew."""
+
+    prompt: str
+    seed: int
+    box: Box
+    pixels_HWC: npt.NDArray[np.uint8]
+
+
 def read_draw_order(body: bytes, *, limits: Limits, is_streamed: bool) -> DrawOrder:
     """`{"prompt": ..., "candidates": 1, "seed": ..., "temperature": ..., "top_k": ..., "top_p": ...}`.
 
@@ -89,6 +102,26 @@ def read_magnify_order(body: bytes, *, limits: Limits) -> MagnifyOrder:
         prompt=_prompt(fields, limits=limits),
         seed=whole_number(fields, "seed", default=0, lowest=0, highest=MAX_SEED - 1),
         codes_hw=np.array(codes, np.uint16).reshape(limits.grid, limits.grid),
+    )
+
+
+def read_complete_order(words: str, pixels_HWC: npt.NDArray[np.uint8], *, limits: Limits) -> CompleteOrder:
+    """`{"prompt": ..., "box": [top, left, bottom, right], "seed": ...}`, the box in shares of the picture."""
+    fields = read_fields(words.encode(), example=EXAMPLE, known=("prompt", "box", "seed"))
+    box = fields.get("box")
+    is_box = isinstance(box, list) and len(box) == len(SIDES) and all(type(share) in (int, float) for share in box)
+    if not is_box:
+        raise RefusedError(422, f"box={shown(box)}: give top, left, bottom and right, four numbers from 0 to 1")
+    assert isinstance(box, list)
+    try:
+        checked = Box(**dict(zip(SIDES, map(float, box), strict=True)))
+    except (ConfigError, OverflowError) as error:
+        raise RefusedError(422, str(error)) from error
+    return CompleteOrder(
+        prompt=_prompt(fields, limits=limits),
+        seed=whole_number(fields, "seed", default=secrets.randbelow(MAX_SEED), lowest=0, highest=MAX_SEED - 1),
+        box=checked,
+        pixels_HWC=pixels_HWC,
     )
 
 

@@ -7,7 +7,7 @@ In: orders. Out: pictures as PNG files with what is needed to draw them again. O
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from cogview.evaluation.reranking import ranking
 from cogview.sampling.caption_search import BeamConfig, search_captions
 from cogview.sampling.captioning import Captioner, Language
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.completion import Completer, CompletionConfig
+from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
 from cogview.sampling.super_resolution import Magnifier
 from cogview.sampling.text_to_image import TextToImage
 from cogview.tokenizers.pixels import pixel_batch
-from pipelines.serving.orders import CaptionOrder, DrawOrder, MagnifyOrder
+from pipelines.serving.orders import CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder
 
 CAPTION_LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
@@ -42,11 +44,15 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """magnify_sampling: of super-resolution; what draws is sampled as each order says."""
+    """magnify_sampling: of super-resolution; completion, hierarchical: of the completer's square and stages; what draws
+    is sampled as each order says."""
 
     painter: TextToImage
     captioner: Captioner | None = None
     magnifier: Magnifier | None = None
+    completer: Completer | None = None
+    completion: CompletionConfig = field(default_factory=CompletionConfig)
+    hierarchical: HierarchicalSampling = field(default_factory=HierarchicalSampling)
     magnify_sampling: SamplingConfig
 
     def draw(
@@ -92,6 +98,23 @@ class Studio:
         picture = to_pictures(self.magnifier.decode(large_1hw))[0]
         facts = _facts(order.prompt, order.seed, self.magnify_sampling)
         return Picture(png=to_png(picture, facts=facts), seed=order.seed, codes=tuple(large_1hw.flatten().tolist()))
+
+    def complete(self, order: CompleteOrder, *, progress: Callable[[int, int], None] | None = None) -> Picture:
+        """A picture with a part of it drawn anew."""
+        assert self.completer is not None, "the server offers this only with a completer"
+        height, width, _ = order.pixels_HWC.shape
+        drawn_1CHW = self.completer.complete(
+            torch.from_numpy(order.pixels_HWC.copy()).permute(2, 0, 1),
+            order.box.mask(height, width),
+            caption=order.prompt,
+            seeds=[order.seed],
+            config=self.completion,
+            sampling=self.hierarchical,
+            progress=progress,
+        )
+        picture = Image.fromarray(drawn_1CHW[0].permute(1, 2, 0).numpy())
+        facts = {"prompt": order.prompt.encode("utf-8", "replace").decode(), "seed": str(order.seed)}
+        return Picture(png=to_png(picture, facts=facts), seed=order.seed, codes=())
 
     def caption(self, order: CaptionOrder) -> dict[Language, str]:
         """The likeliest caption of a picture in each language."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 from cogview.records.images import decode_image
@@ -18,13 +19,21 @@ from cogview.tokenizers.pixels import square_pixels
 from pipelines.serving.desk import AnyOrder, Desk
 from pipelines.serving.fields import RefusedError
 from pipelines.serving.gate import SHARED_FILES, Gate, guarded_app, json_body, whole_body
-from pipelines.serving.orders import CaptionOrder, Limits, read_draw_order, read_magnify_order
+from pipelines.serving.orders import CaptionOrder, Limits, read_complete_order, read_draw_order, read_magnify_order
 from pipelines.serving.studio import Picture
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": PAGE / "index.html", "/page.css": PAGE / "page.css", "/page.js": PAGE / "page.js", **SHARED_FILES}
+FILES = {
+    "/": PAGE / "index.html",
+    "/page.css": PAGE / "page.css",
+    "/page.js": PAGE / "page.js",
+    "/complete.js": PAGE / "complete.js",
+    **SHARED_FILES,
+}
 EVENTS = "text/event-stream"
 MAX_IMAGE = 8 * 2**20  # bytes of a body
+MAX_SIDE = 2048  # pixels of a picture that is completed
+ORDER_HEADER = "X-Order"  # what shall be done with the picture in the body, as JSON in ASCII
 
 
 class Site:
@@ -41,6 +50,7 @@ class Site:
         app.router.add_post("/draw", self._draw)
         app.router.add_post("/magnify", self._magnify)
         app.router.add_post("/caption", self._caption)
+        app.router.add_post("/complete", self._complete)
         return app
 
     async def _about(self, request: web.Request) -> web.Response:
@@ -53,6 +63,7 @@ class Site:
                     "rank": studio.captioner is not None,
                     "caption": studio.captioner is not None,
                     "magnify": studio.magnifier is not None,
+                    "complete": studio.completer is not None,
                 },
                 "max_prompt": limits.max_prompt,
                 "max_candidates": limits.max_candidates,
@@ -104,6 +115,21 @@ class Site:
         pixels_HWC = square_pixels(image, image_size=captioner.image_size)
         captions: Mapping[str, str] = await self._result(CaptionOrder(pixels_HWC=pixels_HWC))
         return web.json_response({"captions": dict(captions)})
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        """The picture in the body with a part of it drawn anew; which part and what is in a header."""
+        if self.desk.studio.completer is None:
+            raise RefusedError(404, "no model for completion is loaded; run `make pretrain-coglm` first")
+        if not request.content_type.startswith("image/"):
+            raise RefusedError(415, "send a picture as it is, with its content type, such as image/png")
+        words = request.headers.get(ORDER_HEADER, "")
+        image = await asyncio.to_thread(decode_image, await whole_body(request, limit=MAX_IMAGE))
+        if isinstance(image, Unusable):
+            raise RefusedError(422, f"the picture cannot be read: {image.reason}; send a PNG, JPEG, WebP or GIF")
+        if max(image.size) > MAX_SIDE:
+            raise RefusedError(422, f"the picture has {max(image.size)} pixels along a side; send {MAX_SIDE} at most")
+        order = read_complete_order(words, np.asarray(image), limits=self.limits)
+        return web.json_response(as_plain(await self._result(order), with_codes=False))
 
     async def _result(self, order: AnyOrder) -> Any:
         """What becomes of an order. Its work stops when the client goes away, or the time is up."""

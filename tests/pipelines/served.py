@@ -12,13 +12,17 @@ from torch import Tensor
 
 from cogview.models.published import load_model, save_model
 from cogview.sampling.choice import SamplingConfig
+from cogview.sampling.cluster_choice import CogLMSampling
+from cogview.sampling.completion import Completer
 from pipelines import serve
 from pipelines.serving.desk import Desk
 from pipelines.serving.gate import Gate
 from pipelines.serving.orders import DrawOrder
 from pipelines.serving.studio import Picture, Studio
 from pipelines.serving.web import Site
+from pipelines.tasks.completing import CompleterFolders, load_completer
 from tests.pipelines.trained_folders import GRID, LENGTH, write_trained_folders
+from tests.sampling.small_coglm import write_small_coglm
 
 SECONDS = 60.0  # after which a test has failed
 
@@ -93,12 +97,22 @@ class PausedStudio(Studio):
         return super().draw(orders, watch=pausing)
 
 
+def write_completer(root: Path) -> Completer:
+    """A small untrained CogLM that completes pictures."""
+    write_small_coglm(root)
+    folders = CompleterFolders(
+        checkpoint=root / "checkpoint", text_tokenizer=root / "text", image_tokenizer=root / "image"
+    )
+    plain = CogLMSampling(by_clusters=False, tokens=SamplingConfig(top_k=0))
+    return load_completer(folders, filling=plain, device="cpu")
+
+
 def paused(studio: Studio) -> PausedStudio:
     return PausedStudio(painter=studio.painter, magnify_sampling=studio.magnify_sampling)
 
 
 def without_skills(studio: Studio) -> Studio:
-    return replace(studio, captioner=None, magnifier=None)
+    return replace(studio, captioner=None, magnifier=None, completer=None)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ from cogview.errors import ConfigError
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
-from pipelines.complete import JOB, Config, load_completer, main, resolve
+from pipelines.complete import JOB, Config, completer_of, main, resolve
 from pipelines.runtime.jobs import run_job
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
@@ -129,4 +129,4 @@ def test_stages_made_last_are_taken_if_there_are_any(config: Config, tmp_path: P
     assert resolve(config, root=tmp_path).direct == newest
     assert resolve(config, root=tmp_path).iterative is None
     assert resolve(replace(config, magnifies=False), root=tmp_path).direct is None
-    assert load_completer(config).magnifier is None
+    assert completer_of(config).magnifier is None

@@ -132,6 +132,18 @@ def test_the_iterative_stage_learns_with_shares_of_the_codes_masked(iterative, t
     assert model.config.stage == "iterative"
 
 
+@pytest.mark.parametrize("stage", ["direct", "iterative"])
+def test_half_precision_trains_what_is_not_frozen(direct, iterative, tokens: Path, tmp_path: Path, stage: str) -> None:
+    job, config = {"direct": (finetune_direct_sr, direct), "iterative": (finetune_iterative_sr, iterative)}[stage]
+    loop = replace(LOOP, num_steps=2, precision="bf16", micro_batch_size=2)
+    settings = job.settings_of(
+        replace(config, loop=loop, activation_checkpointing=True), tokens=tokens, output=tmp_path
+    )
+    train(StageTask(settings, ranks=Ranks()), config=loop, output=tmp_path, identity={}, ranks=Ranks())
+    model, _ = load_stage(tmp_path)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
 def test_a_step_is_the_same_however_many_workers_share_it(iterative, tokens: Path, tmp_path: Path) -> None:
     task = StageTask(finetune_iterative_sr.settings_of(iterative, tokens=tokens, output=tmp_path), ranks=Ranks())
     whole = task.batch(3, Ranks()).tensors
@@ -169,6 +181,17 @@ def test_what_does_not_fit_is_refused(direct, iterative, tokens: Path, tmp_path:
         replace(iterative, mask_shares=(0.0,))
     with pytest.raises(ConfigError, match="tokens is not given; give --tokens FOLDER"):
         scenes_or_tokens(replace(direct, scenes=None), folders={}, ratio=2, run=open_run(tmp_path))
+
+
+def test_a_coglm_made_last_is_taken_before_the_model_of_the_chain(direct, tmp_path: Path) -> None:
+    open_config = replace(direct, checkpoint=None)
+    with pytest.raises(ConfigError, match="no chain"):
+        finetune_direct_sr.resolve(open_config, root=tmp_path)
+    newest = tmp_path / "pretrain_coglm" / "abc"
+    newest.mkdir(parents=True)
+    (newest / "complete.json").write_text("{}")
+    assert finetune_direct_sr.resolve(open_config, root=tmp_path).checkpoint == newest
+    assert finetune_direct_sr.resolve(direct, root=tmp_path) == direct
 
 
 def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:

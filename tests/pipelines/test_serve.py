@@ -312,7 +312,7 @@ def test_a_server_without_finetunes_says_how_to_get_them(
 ) -> None:
     async def work(served: Served) -> None:
         async with served.session.get(f"{served.url}/about") as answer:
-            assert (await answer.json())["can"] == {"rank": False, "caption": False, "magnify": False}
+            assert (await answer.json())["can"] == dict.fromkeys(("rank", "caption", "magnify", "complete"), False)
         for path in ("/magnify", "/caption"):
             status, answer = await post(served, path, GOOD)
             assert status == 404

@@ -11,7 +11,7 @@ async function start() {
     $("about").textContent = "";
     return say(error.message);
   }
-  const skills = ["draws", about.can.rank && "ranks its pictures", about.can.magnify && "enlarges", about.can.caption && "captions"];
+  const skills = ["draws", about.can.rank && "ranks its pictures", about.can.magnify && "enlarges", about.can.caption && "captions", about.can.complete && "completes"];
   $("about").textContent = `${about.image_size} × ${about.image_size} pixels · ${skills.filter(Boolean).join(", ")}`;
   $("prompt").maxLength = about.max_prompt;
   $("candidates").max = about.max_candidates;
@@ -20,6 +20,7 @@ async function start() {
   $("top_k").max = about.num_codes;
   $("top_k").value = about.top_k;
   $("describe").hidden = !about.can.caption;
+  $("complete").hidden = !about.can.complete;
   $("draw").disabled = false;
 }
 
