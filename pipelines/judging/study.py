@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -20,15 +20,15 @@ from cogview.config import input_field, runtime_field
 from cogview.errors import ConfigError, ManifestError
 from cogview.evaluation.attributes import scene_from_json
 from cogview.evaluation.human_votes import RIGHT
-from cogview.evaluation.reconstruction import reconstruct
 from cogview.records.images import decode_image, encode_image, fit_image
 from cogview.records.pair import Unusable
 from cogview.scenes.scene import draw_scene
 from cogview.shards.manifest import atomic_file, file_record, read_sealed, write_sealed
-from cogview.tokenizers.pixels import square_pixels
-from cogview.tokenizers.stored import AnyImageTokenizer, load_image_tokenizer
 from pipelines.judging.entrants import Entrant, Entry, read_entrant, read_references, shared_captions
 from pipelines.runtime.jobs import Job, JobRun
+
+if TYPE_CHECKING:
+    from cogview.tokenizers.stored import AnyImageTokenizer  # brings torch, which serving and counting do not need
 
 STUDY_NAME = "study.json"
 PICTURES = "pictures"
@@ -170,7 +170,7 @@ class _Truth:
 
     references: Entrant | None
     scenes: Mapping[str, str]
-    tokenizer: AnyImageTokenizer
+    tokenizer: "AnyImageTokenizer"
     image_size: int
 
     @classmethod
@@ -178,6 +178,8 @@ class _Truth:
         """ConfigError if the truth is wanted and nobody knows it."""
         if config.image_tokenizer is None:
             return None
+        from cogview.tokenizers.stored import load_image_tokenizer
+
         references = read_references(config.references, wanted=set(keys)) if config.references else None
         scenes = {key: entry.scene for entrant in entrants for key, entry in entrant.entries.items() if entry.scene}
         if references is None and not scenes:
@@ -193,6 +195,9 @@ class _Truth:
 
     def recover(self, key: str) -> Image.Image | Unusable:
         """The truth of a caption, encoded and decoded."""
+        from cogview.evaluation.reconstruction import reconstruct
+        from cogview.tokenizers.pixels import square_pixels
+
         if self.references is not None and key in self.references.entries:
             picture = _open(self.references.entries[key])
         elif key in self.scenes:

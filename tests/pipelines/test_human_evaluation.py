@@ -1,6 +1,8 @@
 """The job human_evaluation: models by name and folder, studies that are prepared once, one server at a time."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +74,11 @@ def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_r
         judge_all(ballots, "Bob", best="named")
     config_now = count_votes.resolve(count_votes.Config(), root=run_root)
     assert plan_job(count_votes.JOB, config_now, root=run_root).output != counted[0].output
+
+
+def test_serving_and_counting_need_no_torch():
+    code = "import sys, pipelines.human_evaluation, pipelines.count_votes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_what_cannot_be_served_is_refused():
