@@ -7,7 +7,7 @@ colours are as frequent as each other. `generate` then draws circles for caption
 Chinese, sampled as the preset samples scenes: as they are, and with two lexicons, one that asks for all colours alike
 and one that asks for four of them, each with another share. The scene reader names the colour of each picture; a
 picture without a shape counts as none. What the prompts ask for is counted as well, for so small a model draws some
-colours wrong, most of all blue, which also is a background's name: the even lexicon has it, the other one leaves it out.
+colours wrong, most of all blue, which also is a background's name: the even lexicon has it, the other leaves it out.
 CogView, conclusion and appendix D.
 """
 
