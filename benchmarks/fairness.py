@@ -5,8 +5,10 @@ A GPT of the smoke preset is trained anew on scenes of one circle, square or sta
 chain. Three in ten of the captions name no colour, and under those 90 % of the circles are red; under all others
 colours are as frequent as each other. `generate` then draws circles for captions without a colour, in English and
 Chinese, sampled as the preset samples scenes: as they are, and with two lexicons, one that asks for all colours alike
-and one that asks for three of them. The scene reader names the colour of each picture; a picture without a shape counts
-as none. CogView, conclusion and appendix D.
+and one that asks for four of them, each with another share. The scene reader names the colour of each picture; a
+picture without a shape counts as none. What the prompts ask for is counted as well, for so small a model draws some
+colours wrong, most of all blue, which also is a background's name: the even lexicon has it, the other leaves it out.
+CogView, conclusion and appendix D.
 """
 
 import itertools
@@ -28,6 +30,7 @@ from benchmarks.chains import folders_by_field, run_job
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.grids import from_pictures
 from cogview.scenes import wording
+from cogview.scenes.caption_reading import read_caption
 from cogview.scenes.reading import read_scene
 from cogview.scenes.scene import COLOURS, Colour, Kind, Scene, captions, corpus, draw_scene, random_scene
 from cogview.shards.manifest import ShardEntry, shard_name, write_json, write_manifest
@@ -58,12 +61,12 @@ IMAGE_SIZE, BATCH = 64, 100
 SAMPLING = generating.PRESETS["smoke"].scene_sampling
 ASKED: dict[str, dict[Colour, float]] = {
     "even": dict.fromkeys(COLOURS, 1 / len(COLOURS)),
-    "three": {"blue": 0.5, "green": 0.3, "red": 0.2},
+    "four": {"green": 0.4, "yellow": 0.3, "cyan": 0.2, "red": 0.1},
 }
 BARS = (
     Bar(figure="before/red", op=">=", value=0.7),  # else there is nothing to mend
     Bar(figure="even/largest deviation", op="<=", value=0.05),
-    Bar(figure="three/largest deviation", op="<=", value=0.05),
+    Bar(figure="four/largest deviation", op="<=", value=0.05),
     Bar(figure="named/rewritten", op="==", value=0),
 )
 PICTURE = REPOSITORY / "docs" / "fairness.png"
@@ -96,7 +99,7 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
             shares[asked] = colour_shares(drawer.draw(asked, open_texts, lexicon=folder / f"{asked}.json"))
         named = prompts(pictures // 4, is_open=False)
         found = drawer.draw("named", [text for text, _ in named], lexicon=folder / "even.json")
-        rewritten = drawer.rewritten
+        texts = {name: drawer.texts(name) for name in (*ASKED, "named")}
     if save:
         plot_shares(shares).savefig(PICTURE, dpi=120)
     right = [reading == colour for reading, (_, colour) in zip(found, named, strict=True)]
@@ -107,8 +110,9 @@ def measure(*, root: Path, steps: int, pictures: int, save: bool) -> Figures:
         **{f"{name}/largest deviation": deviation(shares[name], choices) for name, choices in ASKED.items()},
         "before/largest deviation": deviation(shares["before"], ASKED["even"]),
         **{f"{name}/{colour}": share for name, found in shares.items() for colour, share in found.items()},
-        "even/rewritten": rewritten["even"] / pictures,
-        "named/rewritten": rewritten["named"],
+        **{f"{name}/largest deviation of prompts": deviation(asked_shares(texts[name]), ASKED[name]) for name in ASKED},
+        "even/rewritten": sum(given != drawn for given, drawn in texts["even"]) / pictures,
+        "named/rewritten": sum(given != drawn for given, drawn in texts["named"]),
         "named/colour as named": sum(right) / len(right),
         "held-out image loss": loss,
     }
@@ -213,16 +217,10 @@ class Drawer:
     folder: Path
     flags: tuple[str, ...]
 
-    @property
-    def rewritten(self) -> dict[str, int]:
-        """How many pictures of each drawing had a prompt that was changed."""
-        roots = [path.parent for path in self.folder.glob("runs/*/generate")]
-        tables = {root.name: pq.read_table(output_of(root) / "samples.parquet") for root in roots}
-        return {
-            name: sum(given != drawn for given, drawn in zip(*_prompt_columns(table), strict=True))
-            for name, table in tables.items()
-            if "drawn_prompt" in table.column_names
-        }
+    def texts(self, name: str) -> list[tuple[str, str]]:
+        """The prompts of a drawing as they were given, and as they were drawn."""
+        table = pq.read_table(output_of(self.folder / "runs" / name) / "samples.parquet")
+        return list(zip(table["prompt"].to_pylist(), table["drawn_prompt"].to_pylist(), strict=True))
 
     def draw(self, name: str, texts: Sequence[str], *, lexicon: Path | None = None) -> list[Colour | None]:
         """One picture for each prompt, and what the reader says of its colour; None where it sees no shape."""
@@ -266,6 +264,12 @@ def colour_shares(found: Sequence[Colour | None]) -> dict[str, float]:
     return {name or "none": counts[name] / len(found) for name in (*COLOURS, None)}
 
 
+def asked_shares(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The share of each colour in prompts as they were drawn."""
+    scenes = [read_caption(drawn) for _, drawn in texts]
+    return colour_shares([scene.shapes[0].colour if scene else None for scene in scenes])
+
+
 def deviation(shares: Mapping[str, float], asked: Mapping[Colour, float]) -> float:
     """The largest difference to the distribution that was asked for."""
     return max(abs(shares[colour] - asked.get(colour, 0.0)) for colour in COLOURS)
@@ -278,7 +282,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
     from cogview.scenes.scene import COLOUR_RGB
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    titles = {"before": "No colour named", "even": "All colours asked for alike", "three": "Three colours asked for"}
+    titles = {"before": "No colour named", "even": "All colours asked for alike", "four": "Four colours asked for"}
     for axes, (name, found) in zip(figure.subplots(1, 3, sharey=True), shares.items(), strict=True):
         colours = [tuple(part / 255 for part in COLOUR_RGB[colour]) for colour in COLOURS]
         axes.bar(COLOURS, [100 * found[colour] for colour in COLOURS], color=colours, width=0.7)
@@ -293,10 +297,6 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
         axes.set_axisbelow(True)
     figure.axes[0].set_ylabel("% of circles drawn (line: asked for)")
     return figure
-
-
-def _prompt_columns(table: "pq.Table") -> tuple[list[str], list[str]]:
-    return table["prompt"].to_pylist(), table["drawn_prompt"].to_pylist()
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from benchmarks.fairness import (
     OPEN_SHARE,
     PLANTED,
     PLANTED_SHARE,
+    asked_shares,
     biased_corpus,
     colour_shares,
     deviation,
@@ -49,16 +50,26 @@ def test_captions_that_name_a_colour_say_what_their_scene_shows(rows):
 
 
 def test_the_lexicon_turns_open_prompts_into_captions_of_the_corpus(tmp_path):
-    write_lexicon(ASKED["three"], tmp_path / "lexicon.json")
+    write_lexicon(ASKED["four"], tmp_path / "lexicon.json")
     lexicon = read_lexicon(tmp_path / "lexicon.json")
     for number, (text, _) in enumerate(prompts(200, is_open=True)):
         assert names_no_colour(text)
         (shape,) = read_caption(lexicon.rewrite(text, seed=number).text).shapes
         assert shape.kind == BIASED_KIND
-        assert ASKED["three"].get(shape.colour, 0) > 0
+        assert ASKED["four"].get(shape.colour, 0) > 0
     for number, (text, colour) in enumerate(prompts(100, is_open=False)):
         assert lexicon.rewrite(text, seed=number).text == text
         assert read_caption(text).shapes[0].colour == colour
+
+
+def test_what_prompts_ask_for_is_read_from_them(tmp_path):
+    write_lexicon(ASKED["four"], tmp_path / "lexicon.json")
+    lexicon = read_lexicon(tmp_path / "lexicon.json")
+    texts = [(text, lexicon.rewrite(text, seed=n).text) for n, (text, _) in enumerate(prompts(2000, is_open=True))]
+    shares = asked_shares(texts)
+    assert shares["none"] == 0
+    assert deviation(shares, ASKED["four"]) < 0.03
+    assert asked_shares([(text, text) for text, _ in texts])["none"] == 1
 
 
 def test_a_share_that_is_off_is_noticed():
@@ -68,4 +79,4 @@ def test_a_share_that_is_off_is_noticed():
     unread = colour_shares([*even, *[None] * 20])
     assert unread["none"] == 0.2
     assert deviation(unread, ASKED["even"]) == pytest.approx(0.025)
-    assert len(plot_shares(dict.fromkeys(("before", "even", "three"), unread)).axes) == 3
+    assert len(plot_shares(dict.fromkeys(("before", "even", "four"), unread)).axes) == 3
