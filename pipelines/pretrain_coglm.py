@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cogview.config import input_field, runtime_field
+from cogview.errors import ConfigError
 from cogview.models.gpt import GPT, GPTConfig, count_parameters
 from cogview.models.published import SETTINGS_NAME, WEIGHTS_NAME
 from cogview.models.sizes import SIZES
@@ -171,7 +172,12 @@ def layout_of(config: Config, parts: Parts) -> CogLMLayout:
 
 
 def fitted(config: Config, parts: Parts) -> GPTConfig:
-    """The model's config with the vocabulary that the tokens need, and the positions if they need more."""
+    """The model's config with the vocabulary that the tokens need, and the positions if they need more.
+
+    ConfigError for sparse attention, whose regions are causal.
+    """
+    if config.model.attention == "sparse":
+        raise ConfigError("model.attention='sparse' is causal, and CogLM's masks are not; choose fused or pb_relax")
     needed = layout_of(config, parts).num_positions
     positions = max(needed, config.model.max_positions) if config.image_position else needed
     return replace(config.model, vocab_size=vocabulary_of(parts).size, max_positions=positions)

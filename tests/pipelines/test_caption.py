@@ -152,7 +152,7 @@ def test_what_cannot_be_captioned_is_refused(captioning: caption.Config, run_roo
 
 def test_a_captioner_does_not_draw_and_a_painter_does_not_caption(folders: TrainedFolders, captioner: Path) -> None:
     tokenizers = {"text_tokenizer": folders.text_tokenizer, "image_tokenizer": folders.image_tokenizer}
-    with pytest.raises(CheckpointError, match="finetuned for captioning, not to draw"):
+    with pytest.raises(CheckpointError, match="trained for captioning, not to draw"):
         TextToImage.load(captioner, **tokenizers)
     with pytest.raises(CheckpointError, match="not trained to caption"):
         Captioner.load(folders.checkpoint, **tokenizers)

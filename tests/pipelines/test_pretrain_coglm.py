@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cogview.errors import VocabularyError
+from cogview.errors import ConfigError, VocabularyError
 from cogview.models.gpt import GPTConfig
+from cogview.models.pivots import SparseConfig
 from cogview.models.published import load_model
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
@@ -150,6 +151,15 @@ def test_a_tokenizer_that_is_not_bilingual_is_refused(
         config, tokens=plain.tokens, text_tokenizer=plain.text_tokenizer, image_tokenizer=plain.image_tokenizer
     )
     with pytest.raises(VocabularyError, match="is-bilingual"):
+        run_job(pretrain_coglm.JOB, wrong, root=run_root, display=quiet_display)
+
+
+def test_sparse_attention_is_refused(
+    config: pretrain_coglm.Config, run_root: Path, quiet_display: PlainDisplay
+) -> None:
+    sparse = SparseConfig(num_image_ids=32, padding_id=35)
+    wrong = replace(config, model=replace(config.model, attention="sparse", sparse=sparse))
+    with pytest.raises(ConfigError, match="causal"):
         run_job(pretrain_coglm.JOB, wrong, root=run_root, display=quiet_display)
 
 

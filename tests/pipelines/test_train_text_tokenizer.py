@@ -103,3 +103,10 @@ def test_large_corpora_are_read_by_whole_shards_drawn_by_the_seed() -> None:
     assert drawn == draw_shards(shards, num_pairs=95, seed=0)
     assert drawn != draw_shards(shards, num_pairs=95, seed=1)
     assert draw_shards(shards, num_pairs=10**9, seed=0) == shards
+
+
+def test_the_bilingual_preset_is_icetks_form() -> None:
+    paper, smoke = PRESETS["bilingual"].tokenizer, PRESETS["bilingual_smoke"].tokenizer
+    assert (paper.num_pieces, paper.model_type, paper.is_bilingual) == (130_000, "unigram", True)
+    assert smoke.is_bilingual
+    assert replace(smoke, is_bilingual=False) == PRESETS["smoke"].tokenizer
