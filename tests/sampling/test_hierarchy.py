@@ -10,7 +10,7 @@ from torch import Tensor
 from cogview.errors import ConfigError
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.local_super_resolution import LocalSuperResolution, LocalSuperResolutionConfig, Stage
-from cogview.sampling.choice import SamplingConfig, uniform_draws
+from cogview.sampling.choice import SamplingConfig, choose, uniform_draws
 from cogview.sampling.hierarchy import LoPARConfig, StageModel, chooser, draw_directly, refine
 from cogview.sampling.lopar import rank_grid
 from cogview.sequences.picture_context import gpt_form
@@ -123,6 +123,24 @@ def test_codes_are_chosen_by_their_own_numbers_however_many_at_once(monkeypatch:
 
     draw_directly(stage, TEXTS, small(), seeds=SEEDS, choose=watch)
     assert torch.equal(torch.cat(places).flatten(), given.flatten())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(top_k=5),
+        SamplingConfig(top_k=50, temperature=0.3),
+        SamplingConfig(top_k=50, top_p=0.6),
+        SamplingConfig(top_k=5, temperature=0),
+        SamplingConfig(top_k=0),
+        SamplingConfig(top_k=900),
+    ],
+)
+def test_a_shortlist_chooses_what_all_codes_would(sampling: SamplingConfig) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, draws = torch.randn(400, 300, generator=generator) * 3, torch.rand(400, 2, generator=generator).double()
+    expected = choose(logits, draws[:, 0], config=sampling)
+    assert torch.equal(chooser(sampling)(logits, draws), expected)
 
 
 def test_top_k_is_that_of_the_pass() -> None:
