@@ -44,16 +44,19 @@ class Moments:
         """Take a batch in. weights_B: how often each row counts, once if not given."""
         device = self.mean_D.device
         features_BD = torch.from_numpy(rows_BD).to(device=device, dtype=torch.float64)
-        if weights_B is None:
-            weights = torch.ones(len(features_BD), dtype=torch.float64, device=device)
+        if weights_B is not None:
+            weights_B = weights_B.astype(np.float64)
+            there = np.flatnonzero(weights_B)
+            weights = torch.from_numpy(weights_B[there]).to(device)
+            features_BD = features_BD[torch.from_numpy(there).to(device)]
         else:
-            weights = torch.from_numpy(weights_B.astype(np.float64)).to(device)
+            weights = torch.ones(len(features_BD), dtype=torch.float64, device=device)
         count = float(weights.sum())
         if not count:
             return
         mean_D = (weights @ features_BD) / count
-        centred_BD = features_BD - mean_D
-        scatter_DD = (centred_BD * weights[:, None]).T @ centred_BD
+        centred_BD = features_BD.sub_(mean_D).mul_(weights.sqrt_()[:, None])
+        scatter_DD = centred_BD.T @ centred_BD
         self.merge(Moments(count=count, mean_D=mean_D, scatter_DD=scatter_DD))
 
     def merge(self, other: "Moments") -> None:
