@@ -119,11 +119,12 @@ def frechet_estimate(
 
 def _factor(matrix_DD: Tensor) -> Tensor:
     """F with F F^T = the covariance. Cholesky's where it has full rank, which takes a tenth of the time of its root."""
-    lower_DD, failure = torch.linalg.cholesky_ex(matrix_DD)
+    factor_DD: Tensor
+    factor_DD, failure = torch.linalg.cholesky_ex(matrix_DD)
     if not int(failure):
-        return lower_DD
+        return factor_DD
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
     smallest = values_D.abs().max() * len(values_D) * torch.finfo(values_D.dtype).eps
     values_D = torch.where(values_D > smallest, values_D, 0.0)  # what is left of rounding
-    factor_DD: Tensor = vectors_DD * values_D.sqrt()
+    factor_DD = vectors_DD * values_D.sqrt()
     return factor_DD
