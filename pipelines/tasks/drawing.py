@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from cogview.config import digest_of
+from cogview.evaluation.blur import with_contrast
 from cogview.evaluation.caption_loss import score_pairs
 from cogview.evaluation.grids import to_pictures
 from cogview.sampling.captioning import Captioner
@@ -181,11 +182,6 @@ def draw_orders(orders: Sequence[Order], work: DrawShard, *, shard_size: int, wo
     )
     tables = [f"{TABLES_FOLDER}/{shard_name(entry.shard, 'parquet')}" for entry in entries]
     return pa.concat_tables([pq.read_table(work.output / name, schema=SAMPLE_SCHEMA) for name in tables])
-
-
-def with_contrast(picture: Image.Image, factor: float) -> Image.Image:
-    """The picture with its contrast about its mean grey multiplied; the paper's evaluation takes 1.5."""
-    return picture if factor == 1 else ImageEnhance.Contrast(picture).enhance(factor)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -239,6 +239,16 @@ def test_what_was_lost_is_made_again_and_the_rest_is_not(config, evaluated, run_
     assert Image.open(output / "drawn/pictures/000003.png").size == (SIDE, SIDE)
 
 
+@pytest.mark.ray
+def test_ray_comes_to_the_same_numbers(config, evaluated, ray_session, run_root):
+    output = run_job(JOB, replace(config, workers=2), root=run_root, display=QuietDisplay()).output
+    before, after = read_scores(evaluated), read_scores(output)
+    assert before.keys() == after.keys()
+    for name, row in after.items():
+        assert row["value"] == pytest.approx(before[name]["value"], rel=1e-5, abs=1e-9), name
+        assert row["captions_digest"] == before[name]["captions_digest"]
+
+
 def test_a_damaged_picture_costs_its_row_and_is_counted(config, coco, tmp_path, run_root):
     shutil.copytree(coco, tmp_path / "coco")
     for path in sorted((tmp_path / "coco/val").iterdir())[:4]:
