@@ -164,6 +164,13 @@ def test_a_name_that_is_taken_goes_on_elsewhere_with_its_code(ballots: Ballots) 
         await tab.write("#code", code)
         await tab.click("#begin")
         await tab.wait_for(place(1))
+        evaluator = ballots.evaluator("Ada", code=code)
+        scores = [{"overall": 1, "clarity": 1, "texture": 1, "relevance": 1}] * 4
+        ballots.vote(evaluator, place=0, best=0, scores=scores, seconds=1)  # on another device
+        await fill(tab)
+        await tab.click("#next")
+        await tab.wait_for(place(2))
+        await tab.wait_for("document.querySelector('#message').textContent.includes('has its vote, which stays')")
         await tab.click("#who button")
         await tab.wait_for("document.querySelector('#join') && !document.querySelector('#join').hidden")
 

@@ -173,6 +173,7 @@ async function vote() {
     await advance();
   } catch (error) {
     $("next").disabled = false;
+    if (error.status === 409) await advance(); // judged in another tab or on another device
     say(error.message);
   }
 }

@@ -17,7 +17,8 @@ async function checked(answer) {
   if (answer.ok) return answer;
   const content = await answer.json().catch(() => ({}));
   const wait = answer.headers.get("Retry-After");
-  throw new Error((content.error || `the server answered ${answer.status}`) + (wait ? ` (in about ${wait} s)` : ""));
+  const error = new Error((content.error || `the server answered ${answer.status}`) + (wait ? ` (in about ${wait} s)` : ""));
+  throw Object.assign(error, { status: answer.status });
 }
 
 // A secret stands behind # in the address, which no browser sends; it is kept for this tab alone.
