@@ -4,7 +4,8 @@ Command: make verify NAME=coglm [ARGS="--scenes 400 --root runs/coglm_smoke"]; u
 A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages,
 and writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it
 is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what
-is visible cannot tell the answer, so what is drawn into the box must come from the text.
+is visible cannot tell the answer, so what is drawn into the box must come from the text. Beside it stands how well the
+same captions are drawn from nothing, which completion can hardly beat.
 """
 
 import math
@@ -92,14 +93,20 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
     figures |= {"captions/attributes right": named["mean"].value}
     figures |= {f"captions/{name}": named[name].value for name in ("shape", "colour", "size", "background", "position")}
     figures |= {f"captions/{language}": score_attributes(judged[language])["mean"].value for language in LANGUAGES}
-    filled = fill(coglm, holes(scenes, grid=coglm.layout.grid, seed=seed + 2))
-    both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
-    figures |= {"completion/colour and shape right": sum(both) / len(both)}
-    figures |= {
-        f"completion/{name}": sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")
-    }
+    some = holes(scenes, grid=coglm.layout.grid, seed=seed + 2)
+    figures |= {f"completion/{name}": value for name, value in completion_figures(fill(coglm, some), some).items()}
     say(f"completion: {figures['completion/colour and shape right']:.1%} right in colour and shape")
+    whole = fill(coglm, [replace(hole, hidden=torch.ones_like(hole.hidden)) for hole in some])
+    figures |= {f"the same drawn whole/{name}": value for name, value in completion_figures(whole, some).items()}
     return figures
+
+
+def completion_figures(filled: Sequence[JudgedPicture], some: Sequence[Hole]) -> dict[str, float]:
+    """How many pictures are right in the kind and colour of all that they show, and in each."""
+    both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
+    single = [is_right for is_right, hole in zip(both, some, strict=True) if len(hole.asked.shapes) == 1]
+    figures = {"colour and shape right": sum(both) / len(both), "of one shape": sum(single) / max(1, len(single))}
+    return figures | {name: sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")}
 
 
 def draw(coglm: CogLM, prompts: Sequence[Prompt]) -> list[JudgedPicture]:

@@ -81,7 +81,8 @@ class IcetkImageTokenizer(nn.Module):
         self.quant_conv = nn.Conv2d(latent, latent, 1)
         codebook = CodebookConfig(num_codes=config.num_codes, code_dim=latent, start_after=None)
         self.codebook = build_codebook(codebook, commitment_weight=1.0)
-        self.decs = nn.ModuleList(Decoder(config.pyramid(level=level, num_res_blocks=0)) for level in reversed(levels))
+        pyramids = [config.pyramid(level=level, num_res_blocks=1) for level in reversed(levels)]
+        self.decs = nn.ModuleList(Decoder(pyramid, more_blocks=0) for pyramid in pyramids)
         self.pixels = PixelRange(mean=PIXEL_MEAN, std=PIXEL_STD)
         self._fingerprint: str | None = None
 
@@ -139,7 +140,7 @@ class IcetkImageTokenizer(nn.Module):
 
     def _level(self, level: int | None) -> int:
         level = self.config.main_level if level is None else level
-        self.config.pyramid(level=level, num_res_blocks=0)
+        self.config.pyramid(level=level, num_res_blocks=1)
         return level
 
 

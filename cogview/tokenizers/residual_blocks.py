@@ -24,7 +24,7 @@ class PyramidConfig:
     """Levels of an encoder, or of its mirror image, the decoder.
 
     channels x multipliers[i]: the width of level i, full resolution first; each level but the last halves the sides.
-    num_res_blocks: residual blocks of each level in the encoder (1 or more), one more in the decoder. attention_levels:
+    num_res_blocks: residual blocks of each level in the encoder, one more in the decoder. attention_levels:
     those whose blocks are each followed by self-attention; between the two halves it always stands. latent_channels:
     width of the map that goes to the codebook's projection. norm_groups: groups of the normalisation.
     """
@@ -39,10 +39,10 @@ class PyramidConfig:
     def __post_init__(self) -> None:
         if not self.multipliers or min(self.multipliers) < 1:
             raise ConfigError(f"multipliers={self.multipliers}: give one number of 1 or more for each level")
-        if self.channels < 1 or self.latent_channels < 1 or self.num_res_blocks < 0:
+        if self.channels < 1 or self.latent_channels < 1 or self.num_res_blocks < 1:
             raise ConfigError(
                 f"channels={self.channels}, latent_channels={self.latent_channels}, "
-                f"num_res_blocks={self.num_res_blocks}: choose 1 or more (of blocks, 0 or more)"
+                f"num_res_blocks={self.num_res_blocks}: choose 1 or more of each"
             )
         if self.norm_groups < 1 or self.channels % self.norm_groups:
             raise ConfigError(
@@ -181,8 +181,6 @@ class Encoder(nn.Module):
 
     def __init__(self, config: PyramidConfig) -> None:
         super().__init__()
-        if not config.num_res_blocks:
-            raise ConfigError("num_res_blocks=0: an encoder needs 1 or more")
         groups, widths = config.norm_groups, config.widths
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
@@ -211,9 +209,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A map [B, latent_channels, h, w] to pixels [B, 3, h * stride, w * stride]."""
+    """A map [B, latent_channels, h, w] to pixels [B, 3, h * stride, w * stride].
 
-    def __init__(self, config: PyramidConfig) -> None:
+    more_blocks: of each level than the encoder has.
+    """
+
+    def __init__(self, config: PyramidConfig, *, more_blocks: int = 1) -> None:
         super().__init__()
         groups, widths = config.norm_groups, config.widths
         entry = widths[-1]
@@ -222,7 +223,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for index, width in reversed(list(enumerate(widths))):
             level = Level(
-                [entry, *[width] * (config.num_res_blocks + 1)],
+                [entry, *[width] * (config.num_res_blocks + more_blocks)],
                 has_attention=index in config.attention_levels,
                 norm_groups=groups,
             )

@@ -42,7 +42,7 @@ def networks() -> dict[str, Encoder | Decoder]:
     """The encoder, and the decoders as the file counts them: the coarsest level's is decs.0, and it alone attends."""
     found: dict[str, Encoder | Decoder] = {"enc": Encoder(SMALL.pyramid(level=0, num_res_blocks=2))}
     for number, level in enumerate((2, 1, 0)):
-        found[f"decs.{number}"] = Decoder(SMALL.pyramid(level=level, num_res_blocks=0))
+        found[f"decs.{number}"] = Decoder(SMALL.pyramid(level=level, num_res_blocks=1), more_blocks=0)
     return found
 
 
@@ -76,9 +76,9 @@ def test_codes_and_pixels_are_those_of_the_files_own_arithmetic(weights: dict[st
 def test_the_released_sizes_are_the_default() -> None:
     config = IcetkConfig()
     assert config.strides == (4, 8, 16)
-    assert config.pyramid(level=2, num_res_blocks=0).multipliers == (1, 1, 1, 2, 4)
-    assert config.pyramid(level=2, num_res_blocks=0).attention_levels == (4,)
-    assert config.pyramid(level=1, num_res_blocks=0).attention_levels == ()
+    assert config.pyramid(level=2, num_res_blocks=1).multipliers == (1, 1, 1, 2, 4)
+    assert config.pyramid(level=2, num_res_blocks=1).attention_levels == (4,)
+    assert config.pyramid(level=1, num_res_blocks=1).attention_levels == ()
     with torch.device("meta"):
         tokenizer = IcetkImageTokenizer(config)
     assert (tokenizer.stride, tokenizer.num_codes) == (8, 20_000)
