@@ -91,7 +91,6 @@ PRESETS: dict[str, Config] = {
         style="none",  # the scenes' captions name no styles
         # A small model is less sure of what it knows.
         sampling=CogLMSampling(
-            text_bonus=0.0,
             clusters=ClusterSampling(temperature=0.4, top_clusters=4, temperature_inside=0.2),
             tokens=SamplingConfig(temperature=0.2, top_k=12),
         ),
