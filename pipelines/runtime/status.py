@@ -27,6 +27,7 @@ DASHBOARD_ENVIRONMENT = {  # pages only: no statistics for others, no workers fo
     "DO_NOT_TRACK": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
+START_PAGE = "/#/experiments?workflowType=machine_learning"  # else MLflow shows its charts of language agents first
 HEADLINE_JOB = "evaluate"  # its scores are those of the whole chain
 
 
@@ -180,7 +181,7 @@ def serve_dashboard(root: Path, *, port: int, out: TextIO) -> None:
             f"{database} does not exist: nothing was tracked there yet; run `make pretrain`, or give --root"
         )
     _check_port(port)
-    out.write(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)\n")
+    out.write(f"MLflow: http://127.0.0.1:{port}{START_PAGE}  (Ctrl-C ends it)\n")
     out.flush()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),

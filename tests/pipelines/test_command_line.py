@@ -24,6 +24,7 @@ from pipelines.runtime.command_line import DEFECT, INTERRUPTED, USER_ERROR, Outc
 from pipelines.runtime.failures import find_cause
 from pipelines.runtime.flags import check_flags, read_order
 from pipelines.runtime.menu import menu
+from pipelines.runtime.status import START_PAGE
 
 SECONDS = 300
 
@@ -233,7 +234,7 @@ def test_the_dashboard_serves_the_runs_on_loopback_and_refuses_a_port_that_is_ta
     server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert server.stdout is not None
-        assert server.stdout.readline() == f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)\n"
+        assert server.stdout.readline() == f"MLflow: http://127.0.0.1:{port}{START_PAGE}  (Ctrl-C ends it)\n"
         assert _page(f"http://127.0.0.1:{port}/health") == b"OK"
     finally:
         server.terminate()
