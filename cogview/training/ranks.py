@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 
 
@@ -28,3 +29,11 @@ class Ranks:
         """Return when all workers are here."""
         if self.world > 1:
             dist.barrier()
+
+    def is_same_for_all(self, number: int) -> bool:
+        """Whether all workers, who call this together, have the same number."""
+        if self.world == 1:
+            return True
+        highest_and_lowest = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(highest_and_lowest, op=dist.ReduceOp.MAX)
+        return bool(highest_and_lowest.sum() == 0)

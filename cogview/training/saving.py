@@ -91,9 +91,15 @@ class Saver:
     def restore(self) -> tuple[int, dict[str, int]]:
         """Go on from the newest verified checkpoint: the steps that are done, and the counts; 0 and none without one.
 
-        CheckpointError when it belongs to something else, or does not fit the model.
+        CheckpointError when it belongs to something else, does not fit the model, or is not the same for all workers.
         """
+        self._ranks.wait_for_all()  # one of them may still have closed a checkpoint just now
         checkpoint = latest_checkpoint(self._root, identity=self._identity)
+        if not self._ranks.is_same_for_all(checkpoint.step if checkpoint else 0):
+            raise CheckpointError(
+                f"{self._root}: not all workers see the same checkpoint as the newest (rank {self._ranks.rank}: "
+                f"{checkpoint.folder.name if checkpoint else 'none'}); use storage that all machines share"
+            )
         if checkpoint is None:
             return 0, {}
         state = checkpoint.load(STATE_NAME)

@@ -82,14 +82,16 @@ def test_weights_are_registered_once_and_carry_their_scores(run_root: Path) -> N
     for digest in ("a" * 64, "a" * 64, "b" * 64):
         with tracker(run_root, job="pretrain") as opened:
             opened.log_output(digest)
-            opened.log_model("cogview-pretrain", weights, digest=digest)
+            opened.log_model("cogview-once", weights, digest=digest)
     with tracker(run_root, job="evaluate") as opened:
         opened.log_model_scores("b" * 64, {"attributes/mean": 0.875, "reconstruction/psnr": 26.0})
     client, run_id = run_of(run_root, job="pretrain")
     assert client.get_run(run_id).data.tags["output_digest"] == "b" * 64
-    versions = {version.tags["output_digest"]: version for version in client.search_model_versions()}
+    versions = {
+        version.tags["output_digest"]: version for version in client.search_model_versions("name = 'cogview-once'")
+    }
     assert versions.keys() == {"a" * 64, "b" * 64}
-    newest = client.get_model_version_by_alias("cogview-pretrain", "newest")
+    newest = client.get_model_version_by_alias("cogview-once", "newest")
     assert newest.tags["output_digest"] == "b" * 64
     assert newest.tags["attributes/mean"] == "0.875"
     assert newest.tags["scored_by"] == run_of(run_root, job="evaluate")[1]

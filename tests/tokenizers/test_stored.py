@@ -64,7 +64,7 @@ def test_folders_without_a_known_tokenizer_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="kind 'vqgan', not 'multiscale'"):
         MultiScaleTokenizer.load(tmp_path)
     (tmp_path / SETTINGS_NAME).write_text(json.dumps(settings | {"kind": "hologram"}))
-    with pytest.raises(CheckpointError, match="kind 'hologram'; known are dvae, multiscale, vqgan, vqvae"):
+    with pytest.raises(CheckpointError, match="kind 'hologram'; known are dvae, icetk, multiscale, vqgan, vqvae"):
         load_image_tokenizer(tmp_path)
     (tmp_path / SETTINGS_NAME).write_text("[]")
     with pytest.raises(CheckpointError, match="not the settings"):

@@ -1,6 +1,7 @@
 """Checkpoints that are written beside the training are those that would have been written in its way."""
 
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogview.errors import StorageError
+from cogview.errors import CheckpointError, StorageError
 from cogview.training.checkpoints import latest_checkpoint, read_checkpoint
 from cogview.training.loop import train
 from cogview.training.optimization import OptimizerConfig
@@ -114,3 +115,8 @@ def _one_of_two(rank: int, folder: Path) -> None:
         except KeyboardInterrupt:
             task = GPTTask(dropout=0.0)
             train(task, config=beside, output=folder / "stopped", identity={}, ranks=Ranks(rank, 2))
+        own = folder / f"own_{rank}"  # as on machines that share no storage
+        if rank == 0:
+            shutil.copytree(folder / "waiting", own)
+        with pytest.raises(CheckpointError, match="not all workers see the same checkpoint"):
+            train(GPTTask(dropout=0.0), config=sharded, output=own, identity={}, ranks=Ranks(rank, 2))
