@@ -22,13 +22,13 @@ from cogview.evaluation.human_votes import (
     FIGURES,
     RESAMPLES,
     SCALES,
-    Estimate,
     EvaluatorReport,
     Vote,
     attentive,
     report_evaluators,
     summarise,
 )
+from cogview.evaluation.intervals import Estimate
 from pipelines.judging.ballots import VOTES_FOLDER, VOTES_NAME, load_votes
 from pipelines.judging.study import STUDY, Study
 from pipelines.runtime.chain import latest_output

@@ -16,10 +16,15 @@ from cogview.errors import ConfigError
 from cogview.models.local_super_resolution import LocalSuperResolutionConfig
 from cogview.models.published_stage import STAGE_FILES
 from cogview.training.loop import LoopConfig
-from cogview.training.loss_scale import LossScaleConfig
-from cogview.training.optimization import OptimizerConfig
 from pipelines.runtime.jobs import Job, JobRun, given_folders
-from pipelines.tasks.hierarchy import PRODUCERS, StageFinetuning, fill_backbone, finetune_stage
+from pipelines.tasks.hierarchy import (
+    PAPER_LOOP,
+    PRODUCERS,
+    SMOKE_LOOP,
+    StageFinetuning,
+    fill_backbone,
+    finetune_stage,
+)
 from pipelines.tasks.language_model import inputs_of
 from pipelines.tasks.scene_pictures import ScenePictures, scenes_or_tokens
 
@@ -51,19 +56,9 @@ class Config:
             raise ConfigError(f"model.stage={self.model.stage!r}: this job trains the direct one")
 
 
-# 20 x 20 codes to 60 x 60 with windows of 5 x 5 and 9 x 5. Steps, batch and rate were not published: these are the
-# steps of the iterative stage, and a tenth of the pretraining's rate.
+# 20 x 20 codes to 60 x 60 with windows of 5 x 5 and 9 x 5.
 PAPER = Config(
-    loop=LoopConfig(
-        num_steps=20_000,
-        global_batch_size=256,
-        micro_batch_size=4,
-        optimizer=OptimizerConfig(learning_rate=1e-5),
-        precision="fp16",
-        loss_scale=LossScaleConfig(initial=2.0**16),
-        checkpoint_every=1000,
-        validate_every=1000,
-    ),
+    loop=PAPER_LOOP,
     activation_checkpointing=True,
     num_workers=16,
 )
@@ -73,14 +68,7 @@ PRESETS: dict[str, Config] = {
         PAPER,
         model=LocalSuperResolutionConfig(grid=24, ratio=3),  # 64 pixels -> 192 pixels
         scenes=ScenePictures(),
-        loop=LoopConfig(
-            num_steps=400,
-            global_batch_size=8,
-            optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_share=0.05, final_share=0.02),
-            log_every=10,
-            validate_every=200,
-            checkpoint_every=100,
-        ),
+        loop=SMOKE_LOOP,
         dropout=0.0,
         activation_checkpointing=False,
         num_workers=2,

@@ -31,7 +31,7 @@ from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
-from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.runtime.workers import train_and_score
 from pipelines.tasks.language_model import PRODUCERS, SCORES, LanguageModelTask, Parts, require_inputs
 from pipelines.tasks.new_weights import (
     LAYOUT,
@@ -123,16 +123,15 @@ def main(config: Config, run: JobRun) -> None:
     run.tracker.log_inputs({name: run.inputs[name] for name in ("tokens", "checkpoint") if name in run.inputs})
     origin = f"from {config.checkpoint}" if config.checkpoint else "new"
     run.say(f"{len(parts.train):,} rows of up to {shape.max_positions:,} tokens, {weights:,} parameters, {origin}")
-    job = TrainingJob(
-        build=build_task,
-        config=settings,
+    train_and_score(
+        build_task,
+        settings,
         loop=config.loop,
-        identity={"digest": run.digest, **(old.published if old else {})},
-        output=run.output,
         num_workers=config.num_workers,
+        run=run,
+        scores=SCORES,
+        started_from=old.published if old else {},
     )
-    last = train_on_ray(job, run=run)
-    run.scores.update({name: last[name] for name in SCORES if name in last})
     run.scores.update(parameters=weights, grid=parts.train.grid)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
 

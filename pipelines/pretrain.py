@@ -23,7 +23,7 @@ from cogview.training.optimization import OptimizerConfig
 from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
-from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.runtime.workers import train_and_score
 from pipelines.tasks.language_model import SCORES, LanguageModelTask, require_inputs
 from pipelines.tasks.new_weights import TaskSettings, fitted, start_from_codebook, task_around, training_plan
 
@@ -110,16 +110,14 @@ def main(config: Config, run: JobRun) -> None:
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
     weights = count_parameters(fitted(config.model, parts, max_text=config.max_text))
     run.say(f"{len(parts.train):,} rows, {config.model.num_layers} layers, {weights:,} parameters")
-    job = TrainingJob(
-        build=build_task,
-        config=settings,
+    last = train_and_score(
+        build_task,
+        settings,
         loop=config.loop,
-        identity={"digest": run.digest},
-        output=run.output,
         num_workers=config.num_workers,
+        run=run,
+        scores=SCORES,
     )
-    last = train_on_ray(job, run=run)
-    run.scores.update({name: last[name] for name in SCORES if name in last})
     tokens = config.loop.num_steps * config.loop.global_batch_size * last["tokens_per_row"]
     run.scores.update(tokens=round(tokens), parameters=weights)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)

@@ -28,7 +28,7 @@ from pipelines.runtime.chain import CHAIN_NAME, fill_from_chain
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.runtime.plan import plan_lines
-from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.runtime.workers import train_and_score
 from pipelines.tasks.coglm import CogLMTask, CogLMTaskConfig, vocabulary_of
 from pipelines.tasks.language_model import PRODUCERS, Parts, require_inputs
 from pipelines.tasks.new_weights import TaskSettings, start_from_codebook
@@ -116,16 +116,14 @@ def main(config: Config, run: JobRun) -> None:
     run.tracker.log_inputs({"tokens": run.inputs.get("tokens", "")})
     weights = count_parameters(fitted(config, parts))
     run.say(f"{len(parts.train):,} rows, {config.model.num_layers} layers, {weights:,} parameters")
-    job = TrainingJob(
-        build=build_task,
-        config=settings,
+    train_and_score(
+        build_task,
+        settings,
         loop=config.loop,
-        identity={"digest": run.digest},
-        output=run.output,
         num_workers=config.num_workers,
+        run=run,
+        scores=SCORES,
     )
-    last = train_on_ray(job, run=run)
-    run.scores.update({name: last[name] for name in SCORES if name in last})
     run.scores.update(parameters=weights)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
 

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -26,12 +25,10 @@ from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
-from cogview.records.pair_shards import write_pair_shard
-from cogview.records.tars import read_pairs
-from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name
-from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
-from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry, tasks_of
-from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
+from cogview.shards.manifest import ShardEntry
+from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, tasks_of
+from pipelines.tasks.rewritten_pairs import rewrite_shard, rewriting_plan
 
 PRODUCERS = {"pairs": "scrape_pairs, import_pairs or filter_pairs"}
 FUNCTION = "score"
@@ -77,17 +74,15 @@ def main(config: Config, run: JobRun) -> None:
 def plan(config: Config, *, root: Path) -> Iterator[str]:
     """What `--plan` tells: the shards, and an estimate from scoring the first pairs."""
     pairs, scorer = given_folders(config, PRODUCERS)["pairs"], given_scorer(config)
-    score, planned = load_scorer(scorer), plan_job(JOB, config, root=root)
-    tasks = tasks_of(pairs)
-    first = (pair for task in tasks for pair in read_pairs(pairs / shard_name(task.shard, "tar")))
-    trial = try_rows(
-        first,
-        lambda tried: scored(tried, score, scorer=scorer),
-        bytes_of=lambda pair: len(pair.image_bytes) + TAR_HEADERS,
+    return rewriting_plan(
+        JOB,
+        config,
+        root=root,
+        pairs=pairs,
+        rewrite=partial(scored, score=load_scorer(scorer), scorer=scorer),
+        step="scored",
+        workers=config.workers,
     )
-    rows = read_manifest(pairs)["rows_out"]
-    steps = [ShardStep(name="scored", tasks=tasks)]
-    return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers)
 
 
 def given_scorer(config: Config) -> Path:
@@ -99,16 +94,8 @@ def given_scorer(config: Config) -> Path:
 
 def score_shard(task: ShardTask, *, pairs: Path, scorer: Path, output: Path, batch_size: int) -> ShardEntry:
     """On a worker: the pairs of a shard with their scores."""
-    score, source = load_scorer(scorer), read_pairs(pairs / shard_name(task.shard, "tar"))
-
-    def outcomes() -> Iterator[TextImagePair | Failure]:
-        while batch := list(islice(source, batch_size)):
-            yield from scored(batch, score, scorer=scorer)
-
-    written = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes(), open_file=atomic_file)
-    return shard_entry(
-        output, task, rows_in=written.rows, rows_out=written.ok, rejected=written.failed, files=written.files
-    )
+    rewrite = partial(scored, score=load_scorer(scorer), scorer=scorer)
+    return rewrite_shard(task, pairs=pairs, output=output, batch_size=batch_size, rewrite=rewrite)
 
 
 def scored(pairs: Sequence[TextImagePair], score: Scorer, *, scorer: Path) -> list[TextImagePair | Failure]:

@@ -23,12 +23,10 @@ from cogview.errors import ConfigError
 from cogview.filters.scripts import SCRIPTS, letters_by_script
 from cogview.filters.translation import TranslationSettings, Translator
 from cogview.records.pair import Failure, TextImagePair
-from cogview.records.pair_shards import write_pair_shard
-from cogview.records.tars import read_pairs
-from cogview.shards.manifest import ShardEntry, atomic_file, read_manifest, shard_name
-from pipelines.runtime.jobs import Job, JobRun, given_folders, plan_job
-from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry, tasks_of
-from pipelines.runtime.shard_plan import TAR_HEADERS, ShardStep, shard_plan_lines, try_rows
+from cogview.shards.manifest import ShardEntry
+from pipelines.runtime.jobs import Job, JobRun, given_folders
+from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, tasks_of
+from pipelines.tasks.rewritten_pairs import rewrite_shard, rewriting_plan
 
 PRODUCERS = {"pairs": "filter_pairs", "model": "CTranslate2's converters"}
 PAIRS_AT_ONCE = 256
@@ -83,38 +81,33 @@ def main(config: Config, run: JobRun) -> None:
 
 def plan(config: Config, *, root: Path) -> Iterator[str]:
     """What `--plan` tells: the shards, and an estimate from translating the first pairs."""
-    folders, planned = given_folders(config, PRODUCERS), plan_job(JOB, config, root=root)
+    folders = given_folders(config, PRODUCERS)
     translator = load_translator(folders["model"], config.translation, config.device)
-    tasks = tasks_of(folders["pairs"])
-    first = (pair for task in tasks for pair in read_pairs(folders["pairs"] / shard_name(task.shard, "tar")))
-    trial = try_rows(
-        first,
-        lambda tried: translate_pairs(tried, translator, config=config),
-        bytes_of=lambda pair: len(pair.image_bytes) + TAR_HEADERS,
+    return rewriting_plan(
+        JOB,
+        config,
+        root=root,
+        pairs=folders["pairs"],
+        rewrite=partial(translate_pairs, translator=translator, config=config),
+        step="translated",
+        workers=config.workers,
     )
-    rows = read_manifest(folders["pairs"])["rows_out"]
-    steps = [ShardStep(name="translated", tasks=tasks)]
-    return shard_plan_lines(planned, rows=rows, steps=steps, trial=trial, workers=config.workers)
 
 
 def translate_shard(task: ShardTask, *, pairs: Path, model: Path, output: Path, config: Config) -> ShardEntry:
     """On a worker: translate what a shard's pairs lack, some hundred pairs at a time."""
     translator = load_translator(model, config.translation, config.device)
-    source = read_pairs(pairs / shard_name(task.shard, "tar"))
     counts = {"translated": 0, "untranslated": 0}
 
-    def outcomes() -> Iterator[TextImagePair | Failure]:
-        while batch := list(islice(source, PAIRS_AT_ONCE)):
-            for pair, outcome in zip(batch, translate_pairs(batch, translator, config=config), strict=True):
-                is_translated = isinstance(outcome, TextImagePair) and MACHINE_TRANSLATED in outcome.extra
-                counts["translated"] += is_translated
-                counts["untranslated"] += not is_translated and lacks_translation(pair, config)
-                yield outcome
+    def translated(batch: Sequence[TextImagePair]) -> list[TextImagePair | Failure]:
+        outcomes = translate_pairs(batch, translator, config=config)
+        for pair, outcome in zip(batch, outcomes, strict=True):
+            is_translated = isinstance(outcome, TextImagePair) and MACHINE_TRANSLATED in outcome.extra
+            counts["translated"] += is_translated
+            counts["untranslated"] += not is_translated and lacks_translation(pair, config)
+        return outcomes
 
-    written = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes(), open_file=atomic_file)
-    entry = shard_entry(
-        output, task, rows_in=written.rows, rows_out=written.ok, rejected=written.failed, files=written.files
-    )
+    entry = rewrite_shard(task, pairs=pairs, output=output, batch_size=PAIRS_AT_ONCE, rewrite=translated)
     return replace(entry, extra=counts)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cogview.evaluation.attributes import wilson
+from cogview.evaluation.intervals import Estimate
 
 SCALES = {"overall": 10, "clarity": 5, "texture": 5, "relevance": 5}  # from 1 to this
 BEST = "best"
@@ -46,16 +47,6 @@ class Vote:
     best: str
     scores: Mapping[str, Mapping[str, int]]
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over `n` votes with its 95 % interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)

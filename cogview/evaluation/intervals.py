@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A score, the number `n` of pictures behind it, and its 95 % interval."""
+    """A score, the number `n` of pictures or votes behind it, and its 95 % interval."""
 
     value: float
     n: int

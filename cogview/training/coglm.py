@@ -2,17 +2,14 @@
 
 # B batch, L sequence, N labels, E hidden, V vocabulary
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor, nn
 
 from cogview.models.attention import staged_mask
 from cogview.models.gpt import GPT
 from cogview.sequences.coglm import PARTS
-from cogview.sequences.coglm_batch import CogLMBatch
 from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
-from cogview.training.loop import StepLoss, WeightedBatch
+from cogview.training.loop import StepLoss
 
 
 class CogLMLoss(nn.Module):
@@ -48,9 +45,3 @@ class CogLMLoss(nn.Module):
             ours_N = parts_N == number
             reports[f"{part}_loss"] = (plain_N[ours_N].sum(), ours_N.sum())
         return StepLoss(loss_sum=loss_sum, reports=reports)
-
-
-def weighted(batch: CogLMBatch) -> WeightedBatch:
-    """A batch as the loop takes it: its weight is the sum of its loss weights."""
-    tensors = {column.name: getattr(batch, column.name) for column in fields(batch)}
-    return WeightedBatch(tensors, float(batch.loss_weights.sum()))

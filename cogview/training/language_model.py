@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cogview.models.gpt import GPT
 from cogview.sequences.batch import SequenceBatch
+from cogview.sequences.coglm_batch import CogLMBatch
 from cogview.training.cross_entropy import LOGITS_BYTES, token_losses
 from cogview.training.loop import StepLoss, WeightedBatch
 
@@ -51,7 +52,7 @@ class LanguageModelLoss(nn.Module):
         )
 
 
-def weighted(batch: SequenceBatch) -> WeightedBatch:
+def weighted(batch: SequenceBatch | CogLMBatch) -> WeightedBatch:
     """A sequence batch as the loop takes it: its weight is the sum of its loss weights."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return WeightedBatch(tensors, float(batch.loss_weights.sum()))

@@ -34,7 +34,7 @@ CLOSE_SECONDS = 30.0  # a job waits at most so long for MLflow at its end; the j
 MAX_FAILURES_IN_ROW = 5
 BATCH_SIZE = 500  # MLflow takes at most 1,000 metrics in one call
 DIGEST_TAG = "output_digest"  # of a run: what it wrote; of a model's version: which weights
-# Else MLflow's pages ask whether this is about language agents, and open on their empty charts.
+# What MLflow calls experiments of training, beside those of language agents.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 NEWEST_ALIAS = "newest"
 VALUE_LENGTH = 500  # characters of a param or a tag that are kept

@@ -11,7 +11,7 @@ tracker.
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +80,34 @@ def train_on_ray(job: TrainingJob, *, run: JobRun) -> dict[str, float]:
     if stop.exists():
         _remove(stop)
         raise KeyboardInterrupt
+    return last
+
+
+def train_and_score(
+    build: BuildTask,
+    config: Any,
+    *,
+    loop: LoopConfig,
+    num_workers: int,
+    run: JobRun,
+    scores: Sequence[str],
+    started_from: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Train in the run's own folder; what was logged last by the names of `scores` becomes the run's scores.
+
+    build, config: see TrainingJob; started_from: what a checkpoint must agree with besides the run's digest. Returns
+    all that was logged last, and raises what `train_on_ray` raises.
+    """
+    job = TrainingJob(
+        build=build,
+        config=config,
+        loop=loop,
+        identity={"digest": run.digest, **(started_from or {})},
+        output=run.output,
+        num_workers=num_workers,
+    )
+    last = train_on_ray(job, run=run)
+    run.scores.update({name: last[name] for name in scores if name in last})
     return last
 
 

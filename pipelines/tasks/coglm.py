@@ -27,7 +27,8 @@ from cogview.sequences.layout import IdSequence
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows, TokenShards
 from cogview.tokenizers.bilingual_vocabulary import BilingualVocabulary
-from cogview.training.coglm import CogLMLoss, weighted
+from cogview.training.coglm import CogLMLoss
+from cogview.training.language_model import weighted
 from cogview.training.loop import LoopConfig, WeightedBatch
 from cogview.training.ranks import Ranks
 from pipelines.runtime.workers import PICTURE_KEY

@@ -27,7 +27,7 @@ from cogview.training.ranks import Ranks
 from pipelines.runtime.gpus import GPUs
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.plan import plan_lines
-from pipelines.runtime.workers import TrainingJob, train_on_ray
+from pipelines.runtime.workers import train_and_score
 from pipelines.tasks.language_model import (
     PRODUCERS,
     SCORES,
@@ -173,16 +173,15 @@ def finetune(settings: Finetuning, *, run: JobRun, num_workers: int) -> dict[str
         f"{settings.task}: {len(parts.train):,} rows of up to {config.sequence.length} tokens, {weights:,} parameters"
         + (f", {trained:,} of them trained" if trained < weights else "")
     )
-    job = TrainingJob(
-        build=build_task,
-        config=settings,
+    last = train_and_score(
+        build_task,
+        settings,
         loop=settings.loop,
-        identity={"digest": run.digest, "started_from": config.published["started_from"]},
-        output=run.output,
         num_workers=num_workers,
+        run=run,
+        scores=SCORES,
+        started_from={"started_from": config.published["started_from"]},
     )
-    last = train_on_ray(job, run=run)
-    run.scores.update({name: last[name] for name in SCORES if name in last})
     run.scores.update(parameters=weights, trained_parameters=trained)
     run.tracker.log_artifact(run.output / SETTINGS_NAME)
     return last

@@ -33,11 +33,13 @@ from cogview.sequences.picture_context import ContextForm, build_context
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenRows
 from cogview.training.loop import LoopConfig, WeightedBatch
+from cogview.training.loss_scale import LossScaleConfig
 from cogview.training.masked_codes import MaskedCodesLoss
+from cogview.training.optimization import OptimizerConfig
 from cogview.training.ranks import Ranks
 from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, JobRun
-from pipelines.runtime.workers import PICTURE_KEY, TrainingJob, train_on_ray
+from pipelines.runtime.workers import PICTURE_KEY, train_and_score
 from pipelines.tasks.finetuning import SOURCES
 from pipelines.tasks.language_model import Inputs, Parts
 
@@ -46,6 +48,27 @@ VALIDATION_ROWS_AT_ONCE = 16
 SHOWN = 12
 COGLM_JOB = "pretrain_coglm"
 PRODUCERS = {name: job for name, job in SOURCES.items() if name != "tokens"}
+
+# 20,000 steps are those of the iterative stage; those of the direct one were not published, nor were batch and rate.
+# The rate is a tenth of that of the pretraining.
+PAPER_LOOP = LoopConfig(
+    num_steps=20_000,
+    global_batch_size=256,
+    micro_batch_size=4,
+    optimizer=OptimizerConfig(learning_rate=1e-5),
+    precision="fp16",
+    loss_scale=LossScaleConfig(initial=2.0**16),
+    checkpoint_every=1000,
+    validate_every=1000,
+)
+SMOKE_LOOP = LoopConfig(
+    num_steps=400,
+    global_batch_size=8,
+    optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_share=0.05, final_share=0.02),
+    log_every=10,
+    validate_every=200,
+    checkpoint_every=100,
+)
 
 
 def fill_backbone(config: Any, *, root: Path) -> Any:
@@ -143,16 +166,15 @@ def finetune_stage(settings: StageFinetuning, *, run: JobRun, num_workers: int) 
         f"{settings.model.stage} super-resolution to {settings.model.grid} x {settings.model.grid} codes: "
         f"{len(started.parts.train):,} rows, {weights:,} parameters, {trained:,} of them trained"
     )
-    job = TrainingJob(
-        build=build_stage,
-        config=settings,
+    train_and_score(
+        build_stage,
+        settings,
         loop=settings.loop,
-        identity={"digest": run.digest, "started_from": started.settings["sha256"]},
-        output=settings.output,
         num_workers=num_workers,
+        run=run,
+        scores=SCORES,
+        started_from={"started_from": started.settings["sha256"]},
     )
-    last = train_on_ray(job, run=run)
-    run.scores.update({name: last[name] for name in SCORES if name in last})
     run.scores.update(parameters=weights, trained_parameters=trained)
 
 

@@ -67,7 +67,7 @@ def test_a_run_has_params_digests_inputs_metrics_and_ends_as_finished(run_root: 
     run = client.get_run(run_id)
     assert client.get_experiment(run.info.experiment_id).name == "cogview/count_words"
     kind = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
-    assert kind == "custom_model_development"  # or its page opens on charts of language agents
+    assert kind == "custom_model_development"
     assert run.info.status == "FINISHED"
     assert run.data.params == {"num_steps": "8"}
     assert run.data.metrics == {"loss": 2.5, "psnr": 20.0, "score/accuracy": 0.9}
