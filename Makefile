@@ -136,6 +136,12 @@ compare-image-tokenizers: $(READY) ## Four ways to learn a codebook side by side
 stress-stability: $(READY) ## Train a deep narrow GPT to its limits, with and without Sandwich-LN and PB-relax [PRESET=smoke]
 	@$(BIN)/python -m pipelines stress_stability $(call quoted,PRESET) $(ARGS)
 
+rank-candidates: $(READY) ## What the best of n candidates gains, as the paper's Figure 9 [PRESET=smoke] [ARGS="--candidates 32 --clip /folder"]
+	@$(BIN)/python -m pipelines rank_candidates $(call quoted,PRESET) $(ARGS)
+
+reproduce: $(READY) ## The paper's experiments on one page, beside the project's reference curves [PRESET=smoke] [ARGS="..."]
+	@$(BIN)/python -m pipelines reproduce $(call quoted,PRESET) $(ARGS)
+
 analyse-attention: $(READY) ## Look at the attention heads of the model trained last [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines analyse_attention $(call quoted,PRESET) $(ARGS)
 

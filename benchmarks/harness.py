@@ -6,27 +6,24 @@ the same goes to `benchmarks/results/NAME.json` and `.md`, with the date, the ma
 """
 
 import argparse
-import importlib.metadata
 import json
 import operator
-import os
-import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
+
+from pipelines.runtime.machine import machine, machine_words
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAVED = ("benchmarks/results", "docs")  # what `--save` writes: saving one result leaves the next one's commit clean
-PACKAGES = ("cogview", "torch", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -97,12 +94,10 @@ def save_result(result: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     full = {**result, "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "commit": commit()}
     (folder / f"{result['name']}.json").write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n")
-    packages = ", ".join(f"{name} {version}" for name, version in full["machine"]["packages"].items())
     lines = [
         f"# {result['name']}: {'passed' if result['pass'] else 'below the bar'}",
         "",
-        f"{full['date']}, commit {full['commit']}, {full['machine']['cpu']} ({full['machine']['cores']} cores, "
-        f"{full['machine']['memory_gib']} GiB), Python {full['machine']['python']}, {packages}.",
+        f"{full['date']}, commit {full['commit']}, {machine_words(full['machine'])}.",
         f"Again: `make verify NAME={result['name']}`.",
         "",
         "| figure | measured | bar | |",
@@ -110,26 +105,6 @@ def save_result(result: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
         *(f"| {' | '.join(row)} |" for row in _rows(result)),
     ]
     (folder / f"{result['name']}.md").write_text("\n".join(lines) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, the cores that we may use, memory, system, Python, packages."""
-    return {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": dict(_versions()),
-    }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # the library alone needs neither Ray nor MLflow
-            continue
 
 
 def commit() -> str:
@@ -165,10 +140,3 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _rounded(value: float | int | str) -> float | int | str:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

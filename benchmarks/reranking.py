@@ -1,131 +1,90 @@
 """Does the captioner know which of several pictures shows what was asked for? Self-reranking (section 3.2, figure 9).
 
 Command: make verify NAME=reranking [ARGS="--prompts 200 --candidates 16"]; unknown flags go to finetune_captioning
-For scenes that the corpus never showed, the model of a finished chain draws candidates, the captioner that is finetuned
-from it scores them by CapLoss, and the scene reader, which neither of them knows, says how many attributes each has
-wrong. The best of n is the exact mean over all choices of n among the candidates. Then, for drawn scenes, the
-right caption competes with the same one with one attribute changed. With --save the curves go to docs/reranking.png
-and the candidates of one prompt, in their order, to docs/candidates.png.
+For scenes that the corpus never showed, `rank_candidates` lets the model of a finished chain draw candidates, at the
+temperature of the release and at the one of the smoke preset's scenes. The captioner that is finetuned from it scores
+them by CapLoss, and the scene reader, which neither of them knows, says how many attributes each has wrong. Then, for
+drawn scenes, the right caption competes with the same one with one attribute changed. With --save the curves go to
+docs/reranking.png and the candidates of one prompt, in their order, to docs/candidates.png.
 """
 
+import csv
 import random
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.captioner import BATCH, held_out_scenes, load_captioner, scene_codes
-from benchmarks.chains import model_folders
-from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
-from cogview.evaluation.attributes import judge
+from benchmarks.captioner import held_out_scenes, load_captioner, scene_codes
+from benchmarks.chains import run_job
+from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, verify
 from cogview.evaluation.caption_loss import score_pairs
-from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
-from cogview.evaluation.reranking import Floats, best_of, ranking
 from cogview.sampling.captioning import Captioner
-from cogview.sampling.choice import SamplingConfig
-from cogview.sampling.text_to_image import TextToImage
-from cogview.scenes.reading import ATTRIBUTES
 from cogview.scenes.scene import BACKGROUNDS, COLOURS, KINDS, SIZES, Prompt, Scene, captions
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from pipelines.rank_candidates import POWERS
+from pipelines.runtime.chain import latest_output
 
 BARS = (
     Bar(figure="attribute error, best of 8 / one", op="<=", value=0.5),
     Bar(figure="steps of n at which CapLoss falls", op="==", value=1.0),
     Bar(figure="right caption below a wrong one", op=">=", value=0.95),
 )
-# The temperature of the release, and the one at which the smoke preset draws its scenes.
-SAMPLINGS = {"1": SamplingConfig(temperature=1.0, top_k=12), "0.2": SamplingConfig(temperature=0.2, top_k=12)}
+TEMPERATURES = ("1", "0.2")
 BARRED = "1"
 BEST_OF = 8
+CAP_LOSS, ERROR = "CapLoss of the best by CapLoss", "wrong attributes of the best by CapLoss"
+LEAST_ERROR = "wrong attributes of the best by the reader"
 CHANGED = ("shape", "colour", "size", "background")
-SHEET_CANDIDATES = 24
 WORDINGS = 12  # there are six templates for one shape, and four for two
 DOCS = REPOSITORY / "docs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """CapLoss and the share of wrong attributes of every candidate, [prompts, candidates]."""
-
-    losses_PM: Floats
-    errors_PM: Floats
-
-    def curve(self, values_PM: Floats, *, by: Floats) -> list[float]:
-        """The mean value of the best of 1, 2, ... by the lowest of `by`."""
-        return [best_of(by, values_PM, n=n) for n in range(1, by.shape[1] + 1)]
-
-
 def measure(*, root: Path, prompts: int, candidates: int, pairs: int, save: bool, flags: Sequence[str]) -> Figures:
     """Draw, score, read; then the pairs of captions."""
-    captioner, folders = load_captioner(root, flags), model_folders(root)
-    painter = TextToImage.load(
-        folders["checkpoint"],
-        text_tokenizer=folders["text_tokenizer"],
-        image_tokenizer=folders["image_tokenizer"],
-    )
-    asked = held_out_scenes(prompts, seed=23)
+    captioner = load_captioner(root, flags)
     figures: dict[str, float | int | str] = {"prompts": prompts, "candidates": candidates}
-    found = {}
-    for name, sampling in SAMPLINGS.items():
-        found[name] = draw_candidates(painter, captioner, asked, number=candidates, sampling=sampling)
-        figures |= curve_figures(found[name], temperature=name)
-        if name == BARRED:
-            figures |= barred_figures(found[name])
-    figures |= pair_figures(captioner, held_out_scenes(pairs, seed=29))
-    if save:
-        plot_curves(found).savefig(DOCS / "reranking.png", dpi=110)
-        draw_ordered(painter, captioner, asked[0]).save(DOCS / "candidates.png")
-    return figures
+    for temperature in TEMPERATURES:
+        folder = rank(root, "--num-scenes", prompts, "--candidates", candidates, "--sampling.temperature", temperature)
+        with open(folder / "curves.csv", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        figures |= curve_figures(rows, temperature=temperature)
+        if temperature == BARRED:
+            figures |= barred_figures(rows)
+            if save:
+                shutil.copyfile(folder / "curves.png", DOCS / "reranking.png")
+                shutil.copyfile(folder / "candidates.png", DOCS / "candidates.png")
+    return figures | pair_figures(captioner, held_out_scenes(pairs, seed=29))
 
 
-def draw_candidates(
-    painter: TextToImage, captioner: Captioner, asked: Sequence[Prompt], *, number: int, sampling: SamplingConfig
-) -> Candidates:
-    """Draw `number` pictures for each prompt, and score each by the captioner and by the reader."""
-    orders = [prompt for prompt in asked for _ in range(number)]
-    losses, errors = [], []
-    for start in range(0, len(orders), BATCH):
-        some = orders[start : start + BATCH]
-        texts = [prompt.caption for prompt in some]
-        codes_Bhw = painter.codes(texts, seeds=list(range(start, start + len(some))), sampling=sampling)
-        losses += [score.cap_loss for score in score_pairs(captioner, texts, codes_Bhw)]
-        pictures = to_pictures(painter.decode(codes_Bhw))
-        errors += [1 - judge(picture, expected=p.scene).mean for picture, p in zip(pictures, some, strict=True)]
-        if start % (10 * BATCH) == 0:
-            say(f"temperature {sampling.temperature:g}: {start + len(some)} of {len(orders)} candidates")
-    shape = (len(asked), number)
-    return Candidates(losses_PM=np.array(losses).reshape(shape), errors_PM=np.array(errors).reshape(shape))
+def rank(root: Path, *flags: object) -> Path:
+    """The output of rank_candidates with these flags."""
+    run_job("rank_candidates", "--seed", "23", *map(str, flags), root=root)
+    return latest_output("rank_candidates", flag="--root", root=root)
 
 
-def barred_figures(found: Candidates) -> dict[str, float]:
+def barred_figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What the bars are on."""
-    errors = found.curve(found.errors_PM, by=found.losses_PM)
-    losses = found.curve(found.losses_PM, by=found.losses_PM)
-    falls = [after < before for before, after in pairwise(losses)]
+    errors = [row[ERROR] for row in rows]
+    falls = [after[CAP_LOSS] < before[CAP_LOSS] for before, after in pairwise(rows)]
     return {
         "attribute error, best of 8 / one": errors[BEST_OF - 1] / errors[0],
         "steps of n at which CapLoss falls": sum(falls) / len(falls),
     }
 
 
-def curve_figures(found: Candidates, *, temperature: str) -> dict[str, float]:
+def curve_figures(rows: Sequence[Mapping[str, float]], *, temperature: str) -> dict[str, float]:
     """CapLoss and attribute error of the best of n, and the error if the reader itself had chosen."""
     figures = {}
-    for n in (1, 2, 4, 8, 16, 32, 64):
-        if n <= found.losses_PM.shape[1]:
-            figures[f"temperature {temperature}/CapLoss, best of {n}"] = best_of(found.losses_PM, found.losses_PM, n=n)
-            figures[f"temperature {temperature}/error, best of {n}"] = best_of(found.losses_PM, found.errors_PM, n=n)
-            figures[f"temperature {temperature}/error, the reader chooses of {n}"] = best_of(
-                found.errors_PM, found.errors_PM, n=n
-            )
+    for row in rows:
+        if row["n"] in POWERS:
+            best = f"best of {row['n']:.0f}"
+            figures[f"temperature {temperature}/CapLoss, {best}"] = row[CAP_LOSS]
+            figures[f"temperature {temperature}/error, {best}"] = row[ERROR]
+            figures[f"temperature {temperature}/error, the reader chooses of {row['n']:.0f}"] = row[LEAST_ERROR]
     return figures
 
 
@@ -179,43 +138,6 @@ class _Always:
 
     def random(self) -> float:
         return self.value
-
-
-def draw_ordered(painter: TextToImage, captioner: Captioner, prompt: Prompt) -> Image.Image:
-    """Candidates of one prompt in the order of CapLoss, with what the reader says of each: figure 6."""
-    texts, seeds = [prompt.caption] * SHEET_CANDIDATES, list(range(SHEET_CANDIDATES))
-    codes_Bhw = painter.codes(texts, seeds=seeds, sampling=SAMPLINGS[BARRED])
-    losses = [score.cap_loss for score in score_pairs(captioner, texts, codes_Bhw)]
-    pictures = to_pictures(painter.decode(codes_Bhw))
-    tiles = []
-    for number in ranking(losses):
-        marks = judge(pictures[number], expected=prompt.scene).marks
-        wrong = [name for name in ATTRIBUTES if marks[name] < 1]
-        note = f"wrong: {', '.join(wrong)}" if wrong else "all right"
-        tiles.append(Tile(images=(pictures[number],), caption=f"CapLoss {losses[number]:.3f}", note=note))
-    return draw_sheet(tiles, title=prompt.caption, columns=8, picture_side=112)
-
-
-def plot_curves(found: dict[str, Candidates]) -> "Figure":
-    """CapLoss and attribute error against the number of candidates."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (name, some), colour in zip(found.items(), ("#d1495b", "#3b6ea5"), strict=True):
-        numbers = np.arange(1, some.losses_PM.shape[1] + 1)
-        left.plot(numbers, some.curve(some.losses_PM, by=some.losses_PM), color=colour)
-        errors = 100 * np.array(some.curve(some.errors_PM, by=some.losses_PM))
-        right.plot(numbers, errors, color=colour, label=f"self-reranking, temperature {name}")
-        oracle = 100 * np.array(some.curve(some.errors_PM, by=some.errors_PM))
-        right.plot(numbers, oracle, ":", color=colour, label=f"the reader chooses, temperature {name}")
-    left.set(title="CapLoss of the best", xlabel="candidates", ylabel="nats per token")
-    right.set(title="Wrong attributes of the best", xlabel="candidates", ylabel="%", ylim=(0, None))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e2e5ea", linewidth=0.8)
-    figure.legend(handles=right.get_lines(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
 
 
 def main() -> int:

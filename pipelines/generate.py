@@ -8,9 +8,7 @@ Writes:  samples/000000.png ..., samples.parquet (prompt, seed, codes, CapLoss, 
 Time:    about 20 s for 200 pictures of 64 x 64 pixels on two cores
 """
 
-import hashlib
 import itertools
-import random
 import shutil
 import sys
 import time
@@ -19,24 +17,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
-from cogview.evaluation.attributes import scene_to_json
 from cogview.evaluation.grids import Tile, draw_sheet, drawable
 from cogview.evaluation.reranking import ranking
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.word_replacing import Lexicon, read_lexicon
-from cogview.scenes.scene import Scene, captions, held_out_prompts
 from cogview.shards.manifest import atomic_file, write_json
-from cogview.shards.reader import TokenShards
 from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import Job, JobRun
 from pipelines.tasks.drawing import DrawShard, Order, Prompt, draw_orders, save_picture
+from pipelines.tasks.prompts import MAX_SEED, place_orders, scene_prompts, validation_prompts
 
 SOURCES = {
     "checkpoint": "pretrain",
@@ -45,7 +40,6 @@ SOURCES = {
     "tokens": "tokenize_pairs",
 }
 STANDARD_INPUT = "-"
-MAX_SEED = 2**48  # exact in JSON and in any table
 BEST_FOLDER, ORDERED_FOLDER = "best", "candidates"
 GRID_TILES = 48
 CANDIDATES_SHOWN = 8
@@ -200,39 +194,12 @@ def collect_prompts(config: Config) -> list[Prompt]:
         raise ConfigError(f"prompt={given}: an empty caption asks for nothing; leave it out")
     prompts = [
         *(Prompt(text=text.strip(), kind="given", candidates=len(config.seeds) or config.candidates) for text in given),
-        *(
-            Prompt(
-                text=asked.caption,
-                kind="scene",
-                language=asked.language,
-                scene=scene_to_json(asked.scene),
-                latin=f"{asked.language}: {_english(asked.scene)}",
-            )
-            for asked in held_out_prompts(config.num_scenes, seed=config.seed, two_shape_share=config.two_shape_share)
-        ),
-        *(Prompt(text=text, kind="validation") for text in _validation_texts(config)),
+        *scene_prompts(config.num_scenes, seed=config.seed, two_shape_share=config.two_shape_share),
+        *validation_prompts(config.tokens, number=config.num_validation_prompts, seed=config.seed),
     ]
     if not prompts:
         raise ConfigError("nothing to draw; give --prompt, --prompts-file, --num-scenes or --num-validation-prompts")
     return prompts
-
-
-def place_orders(prompts: Sequence[Prompt], *, seed: int, seeds: Sequence[int] = ()) -> Iterator[Order]:
-    """One order for each candidate of each prompt. A picture's seed comes from (seed, prompt, candidate) alone.
-
-    seeds: instead of these, for the candidates of given prompts.
-    """
-    for index, prompt in enumerate(prompts):
-        for candidate in range(prompt.candidates):
-            digest = hashlib.sha256(f"sample:{seed}:{index}:{candidate}".encode()).digest()
-            own = int.from_bytes(digest[:6], "big")
-            is_known = bool(seeds) and prompt.kind == "given"
-            yield Order(
-                prompt_index=index,
-                prompt=prompt,
-                candidate=candidate,
-                seed=seeds[candidate] if is_known else own,
-            )
 
 
 def rewritten(orders: Sequence[Order], lexicon: Lexicon, *, is_ranked: bool) -> list[Order]:
@@ -302,11 +269,6 @@ def by_prompt(table: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, 
         yield sorted(group, key=lambda row: row["candidate"] if row["rank"] is None else row["rank"])
 
 
-def _english(scene: Scene) -> str:
-    english, _ = captions(scene, rng=random.Random(1))  # draws 0.13: the first, plainest template
-    return english
-
-
 def _file_prompts(path: Path) -> list[str]:
     """The captions of a UTF-8 text file, one on a line; empty lines are skipped."""
     try:
@@ -321,23 +283,6 @@ def _lines(text: str, *, where: str) -> list[str]:
     if not texts:
         raise ConfigError(f"{where} holds no caption; write one on each line")
     return texts
-
-
-def _validation_texts(config: Config) -> list[str]:
-    """Captions of held-out rows, each of another image and no text twice, chosen by the seed."""
-    if not config.num_validation_prompts:
-        return []
-    if config.tokens is None:
-        raise ConfigError("num_validation_prompts needs token rows; give --tokens, the output folder of tokenize_pairs")
-    shards = TokenShards.open(config.tokens, split="validation")
-    chosen: dict[str, str] = {}  # text -> key of its image
-    for number in np.random.default_rng(config.seed).permutation(len(shards)):
-        row = shards.rows(np.array([number]))
-        if row.texts[0].strip() and row.texts[0] not in chosen and row.keys[0] not in chosen.values():
-            chosen[row.texts[0]] = row.keys[0]
-        if len(chosen) == config.num_validation_prompts:
-            break
-    return list(chosen)
 
 
 JOB = Job(name="generate", version=2, products=("samples.parquet", "grid.png", "prompts.json"), main=main)

@@ -39,7 +39,7 @@ ROOMS: dict[str, frozenset[str]] = {
 RUNTIME_MAY_IMPORT = frozenset(
     {"config", "errors", "locations", "shards", "training", "sequences", "models", "records.containment"}
 )
-CHAINS = frozenset({"road"})  # the job files that join other jobs
+CHAINS = frozenset({"road", "reproduce"})  # the job files that join other jobs
 SHARED_BY_JOBS = frozenset({"runtime", "tasks", "serving", "judging"})  # folders: how jobs run, train, answer and ask
 STOREYS_ABOVE_COGVIEW = frozenset({"ray", "mlflow", "tyro", "pipelines", "benchmarks", "tests"})
 ONLY_IN_RUNTIME = frozenset({"mlflow"})

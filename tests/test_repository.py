@@ -21,7 +21,12 @@ LARGEST_FILE = 2 * 2**20
 UNFIT_FOR_OTHERS = re.compile(r"(?<![\w.:~/-])/(?:home|root|Users|work|mnt)/\w|\b(?:T[O]DO|F[I]XME|X{3})\b")
 TEXT_SUFFIXES = {"", ".py", ".md", ".toml", ".txt", ".html", ".json", ".yaml", ".yml", ".cfg", ".sh"}
 JOB_FILES = sorted(path for path in (REPOSITORY / "pipelines").glob("*.py") if not path.name.startswith("_"))
-CHAINS = {"road", "serve", "human_evaluation"}  # with Config and PRESETS, but they join jobs, or answer requests
+CHAINS = {
+    "road",
+    "reproduce",
+    "serve",
+    "human_evaluation",
+}  # with Config and PRESETS, but they join jobs, or answer requests
 
 
 def targets() -> dict[str, str]:

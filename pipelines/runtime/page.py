@@ -44,7 +44,7 @@ class Page:
     lead: str
     headline: Mapping[str, str]
     figures: Sequence[PageFigure]
-    table_title: str
+    table_title: str  # "" leaves the table out
     rows: Sequence[Mapping[str, Any]]
     tables: Sequence[PageTable] = ()
 

@@ -17,8 +17,9 @@ from cogview.scenes.scene import is_held_out
 from cogview.shards.manifest import write_json
 from cogview.shards.reader import TokenShards
 from cogview.tokenizers.vqvae import ImageTokenizer
-from pipelines.generate import JOB, PRESETS, Config, collect_prompts, place_orders, resolve, rewritten
+from pipelines.generate import JOB, PRESETS, Config, collect_prompts, resolve, rewritten
 from pipelines.runtime.jobs import digest_input, run_job
+from pipelines.tasks.prompts import place_orders
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.trained_folders import GRID, write_trained_folders
 
