@@ -4,8 +4,9 @@ Command: make verify NAME=loop_overhead [ARGS="--root runs/smoke --steps 150 --t
 *Bare* is the shortest loop that trains the same model on the same batches in this process: forward, backward, clipping,
 Adam. *Ray Train* is the loop as `pretrain` runs it, with one worker, so that both have the same threads: it also sums
 over workers, looks for faults and for a request to stop, logs, and writes a checkpoint and a score every 50 steps. Both
-take turns; a step's time is from one batch to the next, without the steps of checkpoints and scores, which are told by
-themselves, and its median over the turns is compared. Data wait is the share of the time spent on reading batches.
+take turns; a step's time is from one forward pass to the next, without the steps of checkpoints and scores, which are
+told by themselves, and its median over the turns is compared. Data wait is the share of the time in which the loop
+waits for a batch; the bare loop makes each batch when it needs it.
 """
 
 import json
@@ -22,7 +23,8 @@ from benchmarks.chains import folders_by_field
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.config import input_field
 from cogview.training.language_model import LanguageModelLoss
-from cogview.training.loop import LoopConfig, WeightedBatch
+from cogview.training.loop import METRICS_NAME, LoopConfig, WeightedBatch
+from cogview.training.metrics_file import read_metrics
 from cogview.training.optimization import build_optimizer, clip_gradients, learning_rate_at
 from cogview.training.ranks import Ranks
 from pipelines.pretrain import PRESETS, build_task
@@ -39,22 +41,19 @@ BARS = (
     Bar(figure="step/times the bare loop's", op="<=", value=1.03),
     Bar(figure="data wait/share of the step", op="<", value=0.01),
 )
-Times = list[tuple[float, float]]  # when a batch was asked for, and when it was there
 
 
 class TimedTask:
-    """The task of pretraining, which notes when it is asked for batches."""
+    """The task of pretraining, which notes when the forward pass of each step begins."""
 
     def __init__(self, task: LanguageModelTask, output: Path) -> None:
         self.task, self.module, self.output = task, task.module, output
-        self.times: Times = []
+        self.times: list[float] = []
+        self.module.register_forward_pre_hook(lambda module, inputs: self.times.append(time.perf_counter()))
 
     def batch(self, step: int, ranks: Ranks) -> WeightedBatch:
         """The rows of a step."""
-        asked = time.perf_counter()
-        batch = self.task.batch(step, ranks)
-        self.times.append((asked, time.perf_counter()))
-        return batch
+        return self.task.batch(step, ranks)
 
     def validate(self, step: int) -> dict[str, float]:
         """Scores are another matter."""
@@ -123,15 +122,16 @@ def measure(*, root: Path, steps: int, turns: int) -> Figures:
             done = run_job(JOB, config, root=Path(name) / "runs", display=PlainDisplay([], stream=sys.stderr))
             times = json.loads((done.output / TIMES_NAME).read_text())
             ray.append(statistics.median(step_seconds(times)))
-            waits.append(statistics.median(there - asked for asked, there in times[WARM_UP:]))
+            lines = read_metrics(done.output / METRICS_NAME)
+            waits.append(statistics.median(line["data_wait"] for line in lines if "data_wait" in line))
             kept += [
-                times[step][0] - times[step - 1][0] - ray[-1] for step in range(EVERY, len(times), EVERY)
+                times[step] - times[step - 1] - ray[-1] for step in range(EVERY, len(times), EVERY)
             ]  # what comes between these two steps besides the step
             say(f"turn {turn + 1}: bare {bare[-1] * 1000:.1f} ms, Ray Train {ray[-1] * 1000:.1f} ms a step")
     shutdown_ray()
     figures = {
         "step/times the bare loop's": statistics.median(ray) / statistics.median(bare),
-        "data wait/share of the step": statistics.median(waits) / statistics.median(ray),
+        "data wait/share of the step": statistics.median(waits),
         "step/bare, seconds": statistics.median(bare),
         "step/Ray Train, seconds": statistics.median(ray),
         "checkpoint, seconds": statistics.median(kept),
@@ -141,7 +141,7 @@ def measure(*, root: Path, steps: int, turns: int) -> Figures:
     return figures | {f"step/turn {n + 1}, times the bare loop's": ray[n] / bare[n] for n in range(turns)}
 
 
-def bare_times(config: Config, output: Path) -> Times:
+def bare_times(config: Config, output: Path) -> list[float]:
     """Train with nothing but what trains."""
     torch.set_num_threads(THREADS)
     task = TimedTask(build_task(settings_of(config, output), Ranks()), output)
@@ -161,10 +161,9 @@ def bare_times(config: Config, output: Path) -> Times:
     return task.times
 
 
-def step_seconds(times: Times) -> list[float]:
-    """From one batch to the next, without the first steps and those behind which a checkpoint is written."""
-    starts = [asked for asked, _ in times]
-    return [starts[step + 1] - starts[step] for step in range(WARM_UP, len(starts) - 1) if (step + 1) % EVERY]
+def step_seconds(times: list[float]) -> list[float]:
+    """From one step to the next, without the first ones and those behind which a checkpoint is written."""
+    return [times[step + 1] - times[step] for step in range(WARM_UP, len(times) - 1) if (step + 1) % EVERY]
 
 
 def main() -> int:

@@ -116,7 +116,13 @@ JOB = Job(name="train_kills", version=1, products=("metrics.jsonl",), main=train
 def drive(root: Path, *, steps: int, sharding: Sharding) -> None:
     """What the driver's process does."""
     loop = LoopConfig(
-        num_steps=steps, global_batch_size=ROWS, sharding=sharding, log_every=1, checkpoint_every=EVERY, seed=5
+        num_steps=steps,
+        global_batch_size=ROWS,
+        sharding=sharding,
+        log_every=1,
+        checkpoint_every=EVERY,
+        seed=5,
+        is_prefetching=False,  # the task notes the step of its last batch
     )
     run_job(JOB, Config(loop=loop), root=root, display=PlainDisplay([], stream=sys.stderr))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.config import runtime_field
 from cogview.errors import ConfigError, ManifestError
+from cogview.evaluation.stress_arms import ARMS
 from cogview.shards.manifest import atomic_file, read_json, write_json
 from cogview.training.loop import METRICS_NAME
 from cogview.training.metrics_file import read_metrics
@@ -48,6 +49,7 @@ CURVES = {
     "finetune_captioning": ("loss", "validation_cap_loss"),
 }
 COLUMNS = 4
+LOGARITHMIC = ("loss", "l2")  # curves that fall steeply, then slowly
 Resolve = Callable[..., Any]
 # job -> its pictures, each with a title and how to read it
 PICTURES = {
@@ -184,9 +186,9 @@ def read_curves(outputs: Mapping[str, Path]) -> dict[str, dict[str, list[float]]
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Scores that are numbers, to five digits."""
+    """Scores that are numbers; floats to five digits."""
     return {
-        name: float(f"{value:.5g}")
+        name: float(f"{value:.5g}") if isinstance(value, float) else value
         for name, value in scores.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
@@ -212,8 +214,10 @@ def plot_curves(
         job, _, metric = name.partition("/")
         axes.set_title(f"{job.replace('_', ' ')}: {metric.replace('_', ' ')}", fontsize=10)
         axes.set_xlabel("step")
+        if metric.endswith(LOGARITHMIC):
+            axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e2e5ea", linewidth=0.8)
+        axes.grid(color="#e2e5ea", linewidth=0.8, which="both")
     panels[0].legend(frameon=False)
     return figure
 
@@ -257,5 +261,6 @@ def headline(scores: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, s
         f"CapLoss of one candidate, and of the best of {ranked['candidates']:.0f}",
         f"{ranked['cap_loss_of_one']:.2f} → {ranked['cap_loss_of_best']:.2f}",
     )
-    stress = {name: value for name, value in scores["stress_stability"].items() if name.endswith("/steps")}
-    yield "steps that the stress test's arms stood", ", ".join(f"{value:.0f}" for value in stress.values())
+    steps = {arm: f"{scores['stress_stability'][f'{arm}/steps']:.0f}" for arm in ARMS}
+    others = ", ".join(f"{arm} {stood}" for arm, stood in steps.items() if arm != "both")
+    yield f"steps of the stress test with Sandwich-LN and PB-relax; {others}", steps["both"]

@@ -32,6 +32,7 @@ from cogview.training.loss_scale import LossScale, LossScaleConfig
 from cogview.training.metrics_file import MetricsFile
 from cogview.training.optimization import OptimizerConfig, learning_rate_at
 from cogview.training.precision import MasterWeights, Precision, check_precision, reduce_in_fp32
+from cogview.training.prefetching import Batches
 from cogview.training.ranks import Ranks
 from cogview.training.saving import Saver
 from cogview.training.speed import Speed
@@ -56,7 +57,8 @@ class LoopConfig:
     ema_decay: above 0, the average of the weights with this decay is what is validated and published.
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
     keep_checkpoints: how many of the newest stay. is_checkpoint_async: checkpoints are written while training goes on,
-    from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before.
+    from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before. is_prefetching: a batch is
+    made in a thread while the step before is computed, for tasks whose batch depends on the step alone.
     """
 
     num_steps: int
@@ -73,6 +75,7 @@ class LoopConfig:
     checkpoint_every: int = field(default=500, metadata={"role": "runtime"})
     keep_checkpoints: int = field(default=3, metadata={"role": "runtime"})
     is_checkpoint_async: bool = field(default=False, metadata={"role": "runtime"})
+    is_prefetching: bool = field(default=True, metadata={"role": "runtime"})
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -133,7 +136,7 @@ def train(task: Task, *, config: LoopConfig, output: Path, identity: Mapping[str
     CheckpointError, StorageError.
     """
     loop = _Loop(task, config=config, output=output, identity=identity, ranks=ranks)
-    with loop.saver:
+    with loop.saver, loop.batches:
         for step in range(loop.first_step, config.num_steps):
             is_stopped = loop.step(step)
             done = step + 1
@@ -180,6 +183,9 @@ class _Loop:
         self.first_step, counts = self.saver.restore()
         self.skipped, self.bad_steps = counts.get("skipped", 0), counts.get("bad_steps", 0)
         self.metrics = MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
+        self.batches = Batches(
+            lambda step: task.batch(step, ranks), end=config.num_steps, is_ahead=config.is_prefetching
+        )
         self.sums: dict[str, Tensor] = {}
         self.speed = Speed(first_step=self.first_step, device=ranks.device, precision=config.precision)
 
@@ -191,7 +197,8 @@ class _Loop:
         rate = learning_rate_at(step - self.skipped, num_steps=self.config.num_steps, config=self.config.optimizer)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         self.saver.check()
-        batch = self.task.batch(step, self.ranks)
+        with self.speed.waiting():
+            batch = self.batches.take(step)
         self.speed.add(batch.operations)
         weight = self._sum_over_ranks(torch.tensor(batch.weight, dtype=torch.float64)).item()
         self.task.module.train()

@@ -20,6 +20,7 @@ import psutil
 
 from cogview.errors import CogViewError, ConfigError
 from pipelines.runtime.failures import Isolated, first_line
+from pipelines.runtime.ray_metrics import COLLECTION
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +41,19 @@ ENVIRONMENT = {
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_enable_open_telemetry": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 would starve the workers beside any other program of a laptop
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_num_workers_soft_limit": "0",  # idle workers give their memory back,
     "RAY_idle_worker_killing_time_threshold_ms": "10000",  # but not between two steps of one stage
 }
 
-# A machine of one's own is not called back by a cloud: no process that looks out for that, on the two cores of others.
-LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# A machine of one's own is not called back by a cloud, and has no Prometheus: no processes for that on its two cores.
+LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    COLLECTION: "0",
+    "RAY_enable_open_telemetry": "0",
+}
 
 _session: dict[str, Path] = {}
 

@@ -33,6 +33,7 @@ from cogview.shards.manifest import (
 from pipelines.runtime.cluster import ensure_ray
 from pipelines.runtime.failures import first_line
 from pipelines.runtime.jobs import JobRun
+from pipelines.runtime.ray_metrics import count_rows
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +244,7 @@ def _attempt(task: ShardTask, *, work: Work, attempts: Attempts) -> ShardEntry:
         with contained(apart=number > 1):
             entry = work(task)
         write_entry(attempts.folder, entry)
+        count_rows(attempts.folder.parent.name, entry)
     finally:
         attempts.end(task.shard)
     return entry

@@ -26,6 +26,7 @@ from cogview.training.loop import METRICS_NAME, STOP_NAME, LoopConfig, Task, tra
 from cogview.training.ranks import Ranks
 from pipelines.runtime.cluster import cluster_words, ensure_ray, usable_cpus
 from pipelines.runtime.jobs import JobRun
+from pipelines.runtime.ray_metrics import show_training
 
 MAX_FAILURES = 8  # restarts of the worker group; never endless, for a defect would loop
 PROCESS_GROUP_TIMEOUT_S = 600
@@ -187,6 +188,7 @@ def _pass_on(line: Mapping[str, Any], *, run: JobRun, num_steps: int, last: dict
     """One line of the metrics: numbers to the tracker and the display, the picture that it names to the tracker."""
     numbers = {name: value for name, value in line.items() if name not in ("step", PICTURE_KEY)}
     run.tracker.log_metrics(numbers, step=line["step"])
+    show_training(run.output.parent.name, numbers)
     if PICTURE_KEY in line:
         path = run.output / line[PICTURE_KEY]
         run.tracker.log_image(Image.open(path), f"{path.parent.name}.png", step=line["step"])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cogview.errors import ConfigError
+from cogview.evaluation.stress_arms import ARMS
 from pipelines.reproduce import (
     CURVES,
     PICTURES,
@@ -28,7 +29,7 @@ from pipelines.runtime.page import write_page
 SCORES = {
     "evaluate": {"attributes/mean": 0.9},
     "rank_candidates": {"candidates": 16.0, "cap_loss_of_one": 1.5, "cap_loss_of_best": 1.0},
-    "stress_stability": {"neither/steps": 3.0, "both/steps": 40.0},
+    "stress_stability": {f"{arm}/steps": 3.0 + number for number, arm in enumerate(ARMS)},
 }
 
 
@@ -73,14 +74,24 @@ def test_the_page_holds_every_picture_and_both_scores(outputs: dict[str, Path], 
     write_page(page, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/png") == 1 + sum(map(len, PICTURES.values()))
-    for shown in ("90.0%", "1.50 → 1.00", "3, 40", "0.875", "the reference of 2026-01-02"):
+    for shown in (
+        "90.0%",
+        "1.50 → 1.00",
+        "neither 3, Sandwich-LN only 4, PB-relax only 5",
+        "<strong>6</strong>",
+        "0.875",
+        "the reference of 2026-01-02",
+    ):
         assert shown in text
 
 
 def test_a_score_without_a_reference_says_so() -> None:
     rows = list(score_rows({"psnr": 20.0, "new_score": 1.0}, old={"psnr": 21.0}))
     assert [row["reference"] for row in rows] == [21.0, "–"]
-    assert numbers({"psnr": 20.123456, "name": "x", "is_done": True}) == {"psnr": 20.123}
+    assert numbers({"psnr": 20.123456, "parameters": 723_584, "name": "x", "is_done": True}) == {
+        "psnr": 20.123,
+        "parameters": 723_584,
+    }
 
 
 def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -95,6 +106,6 @@ def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
 def test_the_committed_reference_has_every_curve_and_every_experiment() -> None:
     found = read_reference(REFERENCES / "smoke.json", is_given=True)
     assert found is not None
-    assert list(found["curves"]) == [f"{job}/{name}" for job, names in CURVES.items() for name in names]
+    assert found["curves"].keys() == {f"{job}/{name}" for job, names in CURVES.items() for name in names}
     assert all(len(curve["steps"]) == len(curve["values"]) > 0 for curve in found["curves"].values())
     assert {job.name for job, _, _ in experiments(PRESETS["smoke"])} <= found["scores"].keys()

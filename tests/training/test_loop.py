@@ -25,6 +25,7 @@ CONFIG = LoopConfig(
     validate_every=6,
     checkpoint_every=4,
     keep_checkpoints=2,
+    is_prefetching=False,  # tasks stop at a step
 )
 IDENTITY = {"digest": "abc"}
 
@@ -97,6 +98,15 @@ def test_a_stopped_run_goes_on_with_identical_losses(tmp_path: Path) -> None:
     whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "stopped")
     assert {step: loss.hex() for step, loss in resumed.items()} == {step: loss.hex() for step, loss in whole.items()}
     assert sorted(whole) == list(range(1, 13))
+
+
+def test_batches_made_ahead_change_nothing(tmp_path: Path) -> None:
+    ahead = replace(CONFIG, is_prefetching=True)
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "ahead", RegressionTask(stop_before=10), config=ahead)
+    run(tmp_path / "ahead", config=ahead)
+    assert losses(tmp_path / "ahead") == losses(tmp_path / "whole")
 
 
 def test_a_finished_run_only_publishes_again(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, precision: Precision) -> 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", GPTTask(poison=range(4, 6), stop_before=8), **settings)
     resumed = run(tmp_path / "stopped", GPTTask(poison=range(4, 6)), **settings)
-    clockless = {"rows_per_second": 0, "tokens_per_second": 0, "memory_gib": 0}
+    clockless = {"rows_per_second": 0, "tokens_per_second": 0, "memory_gib": 0, "data_wait": 0}
     timeless = [[{**line, **clockless} for line in found.values()] for found in (whole, resumed)]
     assert str(timeless[0]) == str(timeless[1])  # as text: a NaN is equal to itself
     published = [torch.load(tmp_path / name / "published.pt", weights_only=True) for name in ("whole", "stopped")]
