@@ -36,7 +36,7 @@ BARS = (
     Bar(figure="captions/attributes right", op=">=", value=0.85),
     Bar(figure="completion/colour and shape right", op=">=", value=0.8),
 )
-SAMPLING = CogLMSampling(text_bonus=0.0, by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12))
+SAMPLING = CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12))
 TWO_SHAPE_SHARE = 0.2
 BATCH = 50
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -151,10 +151,10 @@ def fill(coglm: CogLM, some: Sequence[Hole]) -> list[JudgedPicture]:
 def holes(number: int, *, grid: int, seed: int) -> list[Hole]:
     """Pictures with a small shape under a box, asked to show a held-out one of another kind and colour in its place.
 
-    A large shape touches nearly every code: with it hidden there would be no picture left to complete. In half of the
-    pictures there is a second shape, which stays visible.
+    A large shape touches nearly every code: with it hidden there would be no picture left to complete. Scenes of two
+    have small ones only, and so are a third of the pictures; the second stays visible, as far as the box leaves it.
     """
-    prompts = held_out_prompts(8 * number, seed=seed, two_shape_share=0.35)
+    prompts = held_out_prompts(8 * number, seed=seed, two_shape_share=TWO_SHAPE_SHARE)
     small = [prompt for prompt in prompts if prompt.scene.shapes[0].size == "small"][:number]
     found = []
     for place, prompt in enumerate(small):

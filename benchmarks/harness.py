@@ -10,7 +10,7 @@ import json
 import operator
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipelines.runtime.machine import machine, machine_words
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+INDEX_NAME = "README.md"  # of the results, written with each of them
 SAVED = ("benchmarks/results", "docs")  # what `--save` writes: saving one result leaves the next one's commit clean
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -105,6 +106,24 @@ def save_result(result: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
         *(f"| {' | '.join(row)} |" for row in _rows(result)),
     ]
     (folder / f"{result['name']}.md").write_text("\n".join(lines) + "\n")
+    (folder / INDEX_NAME).write_text("\n".join(_index(folder)) + "\n")
+
+
+def _index(folder: Path) -> Iterator[str]:
+    """All saved results as a table: what was met, and what was not."""
+    yield "# What was measured\n"
+    yield "Each line again: `make verify NAME=...`. A figure without an aim is told for its own sake.\n"
+    yield "| check | date | aims met | missed |"
+    yield "|---|---|---|---|"
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        bars = [Bar(**bar) for bar in result["bars"]]
+        missed = [bar for bar in bars if not bar.is_met(result["figures"])]
+        words = "; ".join(
+            f"{bar.figure} {result['figures'].get(bar.figure)}, not {bar.op} {bar.value}" for bar in missed
+        )
+        met = f"{len(bars) - len(missed)} of {len(bars)}" if bars else "no aim"
+        yield f"| [{result['name']}]({result['name']}.md) | {result['date']} | {met} | {words} |"
 
 
 def commit() -> str:

@@ -54,6 +54,16 @@ def test_a_saved_result_names_machine_versions_and_date(tmp_path: Path) -> None:
     assert {"date", "machine", "commit"} <= saved.keys()
     assert saved["machine"]["packages"].keys() >= {"torch", "ray"}
     assert "| seconds | 9.5 | < 10 | met |" in (tmp_path / "speed.md").read_text()
+    other = {
+        "name": "size",
+        "figures": {"bytes": 7},
+        "bars": [{"figure": "bytes", "op": "<=", "value": 5}],
+        "pass": False,
+    }
+    save_result(other, folder=tmp_path)
+    index = (tmp_path / "README.md").read_text().splitlines()
+    assert f"| [size](size.md) | {saved['date']} | 0 of 1 | bytes 7, not <= 5 |" in index
+    assert f"| [speed](speed.md) | {saved['date']} | 1 of 1 |  |" in index
 
 
 def test_a_detached_process_counts_until_it_ends(tmp_path: Path) -> None:
