@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -50,6 +51,14 @@ BARS = (
 )
 
 
+class Note(NamedTuple):
+    """A step of a worker, its loss to the bit, and the worker's process."""
+
+    step: int
+    loss: str
+    process: int
+
+
 class Noted(LanguageModelLoss):
     """The loss, noted to the bit by each worker for each of its steps."""
 
@@ -63,7 +72,7 @@ class Noted(LanguageModelLoss):
         loss = super().forward(*inputs, **named)
         if self.training:
             with open(self.path, "a") as file:
-                note = {"step": self.step, "loss": float(loss.loss_sum).hex()}
+                note = {"step": self.step, "loss": float(loss.loss_sum).hex(), "process": os.getpid()}
                 file.write(f"\n{json.dumps(note)}")  # on a line of its own, whatever a kill has cut before
         return loss
 
@@ -141,9 +150,9 @@ def measure(*, kills: int, steps: int, seed: int) -> Figures:
             chaos.run(hurt, steps=steps, sharding=sharding, kills=share)
             for rank in range(WORKERS):
                 wanted, found = read_notes(whole, rank), read_notes(hurt, rank)
-                expected = {step: loss for step, loss in wanted}
-                differing += sum(expected[step] != loss for step, loss in found)
-                missing += len(expected.keys() - {step for step, _ in found}) + steps - len(expected)
+                expected = {note.step: note.loss for note in wanted}
+                differing += sum(expected[note.step] != note.loss for note in found)
+                missing += len(expected.keys() - {note.step for note in found}) + steps - len(expected)
                 figures[f"{sharding}/rank {rank}/losses compared"] = len(found)
     recoveries = sorted(chaos.recoveries)
     return {
@@ -179,18 +188,23 @@ class Chaos:
         driver = start(command, watch, root)
         try:
             for moment, kind in zip(moments, kinds, strict=True):
-                driver = self._reach(moment, driver, command, watch, root)
+                reached = partial(has_reached, root, moment)
+                driver = self._wait_for(reached, driver, command, watch, root)
                 if driver.poll() is not None:
                     break
-                before = last_step(root)
+                known = {note.process for note in read_notes(root, 0)}
                 if not self._kill(kind, driver, watch, root):
                     continue
-                started, known = time.monotonic(), note_count(root)
+                started = time.monotonic()
                 self.kills[kind] += 1
-                driver = self._reach(before + 1, driver, command, watch, root)
-                self.recoveries.append(time.monotonic() - started)
-                self.repeated.append(before + 1 - first_new_step(root, known))
-                say(f"{sharding}: {kind} killed after step {before}, a new step {self.recoveries[-1]:.0f} s later")
+                driver = self._wait_for(partial(has_moved_on, root, known), driver, command, watch, root)
+                old, new = steps_by(root, known)
+                if new:
+                    self.recoveries.append(time.monotonic() - started)
+                    self.repeated.append(max(old) + 1 - new[0])
+                    say(
+                        f"{sharding}: {kind} killed, step {max(old)} was the last; on after {self.recoveries[-1]:.0f} s"
+                    )
             while self._end_of(driver):
                 driver = self._again(driver, command, watch, root)
         finally:
@@ -198,12 +212,17 @@ class Chaos:
                 with suppress(psutil.Error):
                     left.kill()
 
-    def _reach(
-        self, step: int, driver: subprocess.Popen[bytes], command: list[str], watch: ProcessWatch, root: Path
+    def _wait_for(
+        self,
+        is_there: Callable[[], bool],
+        driver: subprocess.Popen[bytes],
+        command: list[str],
+        watch: ProcessWatch,
+        root: Path,
     ) -> subprocess.Popen[bytes]:
-        """Wait until the training has noted a step; start it again whenever its driver has failed."""
+        """Wait until the training has come so far; start it again whenever its driver has failed."""
         deadline = time.monotonic() + PATIENCE_S
-        while last_step(root) < step:
+        while not is_there():
             if driver.poll() not in (None, 0) or time.monotonic() > deadline:
                 driver = self._again(driver, command, watch, root)
                 deadline = time.monotonic() + PATIENCE_S
@@ -275,31 +294,33 @@ def notes_of(output: Path, rank: int) -> Path:
     return output / f"losses_{rank}.jsonl"
 
 
-def read_notes(root: Path, rank: int) -> list[tuple[int, str]]:
-    """Steps and losses in the order in which they were noted; a line that a kill has cut is left out."""
+def read_notes(root: Path, rank: int) -> list[Note]:
+    """A worker's notes in their order; a line that a kill has cut is left out."""
     found = []
     for path in root.glob(f"train_kills/*/losses_{rank}.jsonl"):
         for line in path.read_text().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 note: dict[str, Any] = json.loads(line)
-                found.append((int(note["step"]), str(note["loss"])))
+                found.append(Note(int(note["step"]), str(note["loss"]), int(note["process"])))
     return found
 
 
-def last_step(root: Path) -> int:
-    """The highest step that rank 0 has noted, -1 for none."""
-    return max((step for step, _ in read_notes(root, 0)), default=-1)
+def has_reached(root: Path, step: int) -> bool:
+    """Whether rank 0 has noted a step."""
+    return any(note.step >= step for note in read_notes(root, 0))
 
 
-def note_count(root: Path) -> int:
-    """How many steps rank 0 has noted, repeated ones among them."""
-    return len(read_notes(root, 0))
+def steps_by(root: Path, known: Collection[int]) -> tuple[list[int], list[int]]:
+    """The steps that these processes of rank 0 have noted, which may live on for a moment, and those of later ones."""
+    notes = read_notes(root, 0)
+    old = [note.step for note in notes if note.process in known]
+    return old, [note.step for note in notes if note.process not in known]
 
 
-def first_new_step(root: Path, known: int) -> int:
-    """The step with which rank 0 went on."""
-    later: Iterator[int] = (step for step, _ in read_notes(root, 0)[known:])
-    return next(later, last_step(root) + 1)
+def has_moved_on(root: Path, known: Collection[int]) -> bool:
+    """Whether a later process has done a step that none of these had done."""
+    old, new = steps_by(root, known)
+    return bool(new) and max(new) > max(old)
 
 
 def main() -> int:
