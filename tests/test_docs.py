@@ -1,12 +1,16 @@
 """Every command of the pages is one that the program takes, and every link leads somewhere."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.runtime.flags import read_config, read_order
@@ -49,6 +53,25 @@ def test_every_command_is_understood(page: Path) -> None:
                 continue
             order = read_order(words)
             read_config(order, importlib.import_module(f"pipelines.{order.job}"))
+
+
+PLANS = sorted({command for page in PAGES for command in commands(page) if "--plan" in command})
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_every_plan_is_told(command: str, tmp_path: Path) -> None:
+    table = {"url": ["https://example.org/a.jpg"] * 100, "caption": [f"picture {number}" for number in range(100)]}
+    pq.write_table(pa.table(table), tmp_path / "urls.parquet")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:], "--root", "runs/paper"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 3
 
 
 def anchors(page: Path) -> set[str]:

@@ -68,8 +68,8 @@ def plan_lines(
     if gpus.memory is not None and not plan.fits(round(gpus.memory * GIB)):
         raise ConfigError(
             f"--gpu-memory {gpus.memory:g}: a worker needs {(plan.peak + RESERVE) / GIB:.1f} GiB; choose "
-            "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, "
-            "a smaller --loop.micro-batch-size or a smaller model"
+            "--loop.sharding full, more workers, --loop.precision bf16, --model.activation-checkpointing, a smaller "
+            "--loop.micro-batch-size, --lora.rank 16 where a finetune has it, or a smaller model"
         )
 
 

@@ -71,6 +71,7 @@ def test_prometheus_reads_rows_and_losses(tmp_path: Path) -> None:
         assert sum(values) == value, lines
 
 
+@pytest.mark.ray
 def test_a_local_ray_is_told_to_collect_nothing() -> None:
     script = (
         "import os\n"
