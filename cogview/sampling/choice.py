@@ -2,7 +2,7 @@
 
 # B batch, K allowed ids, T tokens to draw
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,11 +38,12 @@ def choose(logits_BK: Tensor, draws_B: Tensor, *, config: SamplingConfig) -> Ten
     """One index for each row, int64 [B], by inverting the cumulative distribution at `draws_B`."""
     if config.temperature == 0:
         return logits_BK.argmax(dim=-1)
-    scores_BK = logits_BK.double() / config.temperature
-    if 0 < config.top_k < scores_BK.shape[-1]:
-        lowest_B1 = scores_BK.topk(config.top_k, dim=-1).values[:, -1:]
-        scores_BK = scores_BK.masked_fill(scores_BK < lowest_B1, -torch.inf)
-    probabilities_BK = scores_BK.softmax(dim=-1)
+    if 0 < config.top_k < logits_BK.shape[-1]:
+        # Of thousands of ids some hundred are left: only they are summed up, in the order in which they stand.
+        likeliest_BT = logits_BK.topk(config.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+        place_B = choose(logits_BK.gather(1, likeliest_BT), draws_B, config=replace(config, top_k=0))
+        return likeliest_BT.gather(1, place_B[:, None])[:, 0]
+    probabilities_BK = (logits_BK.double() / config.temperature).softmax(dim=-1)
     if 0 < config.top_p < 1:
         probabilities_BK = _nucleus(probabilities_BK, top_p=config.top_p)
     cumulative_BK = probabilities_BK.cumsum(dim=-1)

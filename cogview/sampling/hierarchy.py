@@ -8,7 +8,7 @@ in the passes of `cogview.sampling.lopar`, with what surrounds them in view, in 
 # B batch, g grid of the small pictures, G of the large, N codes of a large one, P codes to draw, R passes, E hidden
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -157,20 +157,8 @@ def refine(
 
 
 def chooser(sampling: SamplingConfig) -> Choose:
-    """Temperature, top-k and top-p as a way to choose codes.
-
-    Thousands of codes are chosen at once, so the likeliest are picked out first: sorting all would take longer than the
-    model itself. The same codes are drawn, but where several are equally likely at the end of the list.
-    """
-
-    def choose_shortlisted(logits_PK: Tensor, draws_P2: Tensor) -> Tensor:
-        if not 0 < sampling.top_k < logits_PK.shape[1]:
-            return choose(logits_PK, draws_P2[:, 0], config=sampling)
-        best_PT = logits_PK.topk(sampling.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
-        place_P = choose(logits_PK.gather(1, best_PT), draws_P2[:, 0], config=replace(sampling, top_k=0))
-        return best_PT.gather(1, place_P[:, None])[:, 0]
-
-    return choose_shortlisted
+    """Temperature, top-k and top-p as a way to choose codes."""
+    return lambda logits_PK, draws_P2: choose(logits_PK, draws_P2[:, 0], config=sampling)
 
 
 def _draws(seeds: Sequence[int], passes: int, codes: int, *, device: torch.device) -> Tensor:
