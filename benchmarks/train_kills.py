@@ -40,7 +40,7 @@ from pipelines.runtime.workers import TrainingJob, train_on_ray
 
 MODEL = GPTConfig(vocab_size=200, max_positions=32, num_layers=2, hidden_size=32, num_heads=2, dropout=0.1)
 ROWS, WORKERS, EVERY = 4, 2, 10
-STEP_S = 0.05  # at least; so that there is a step to be killed in
+STEP_S = 0.15  # at least; workers whose raylet is dead go on for some seconds, and are not to reach the end
 PATIENCE_S = 240.0
 KINDS = ("rank 0", "rank 1", "controller", "driver", "raylet")
 BARS = (
