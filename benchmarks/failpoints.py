@@ -1,9 +1,10 @@
-"""Every write, sync and rename of checkpoints and shards fails once, in each of three ways: nothing is silently lost.
+"""Writes, syncs and renames of checkpoints and shards fail, one at a time, in three ways: nothing is silently lost.
 
-Command: make verify NAME=failpoints
+Command: make verify NAME=failpoints [ARGS="--writes 6"]     (about a quarter of an hour)
 A process goes on with a small training from its checkpoint and writes the next ones; another adds a shard of pairs, one
 of tokens and the manifest to folders where a shard is done. Each counts what it asks of the file system below its
-folder. Then it is repeated for every such operation, and at that one
+folder. Then it is repeated for every sync, every rename, and of the writes in a row, which a checkpoint has hundreds of,
+for the first, the last and some between them; and at that operation
 
 * *exit*: the process ends at once, half of a write done;
 * *full*: the operation fails as on a full disk (ENOSPC), half of a write done;
@@ -17,13 +18,14 @@ again without a fault, and must end with the bytes of a run that never failed.
 import builtins
 import errno
 import io
+import itertools
 import os
 import shutil
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -234,8 +236,8 @@ class ShardWork:
 WORKS: tuple[Work, ...] = (CheckpointWork(), ShardWork("pairs", pair_entry), ShardWork("tokens", token_entry))
 
 
-def measure(*, every: int) -> Figures:
-    """Let every operation of every work fail in every way. every: only each so-manieth, for a quick look."""
+def measure(*, writes: int) -> Figures:
+    """Let operations of every work fail in every way; `writes` of those in a row, 0 for all of them."""
     found: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     memory = Path("/dev/shm")  # where a sync that is not a lie costs nothing
@@ -248,7 +250,7 @@ def measure(*, every: int) -> Figures:
             operations.update(f"{work.name}/{kind}" for kind in kinds)
             right = contents(below(whole))
             for fault in get_args(Fault):
-                for at in range(0, len(kinds), every):
+                for at in chosen(kinds, writes=writes):
                     found += trial(work, start=start, folder=root / "trial", at=at, fault=fault, right=right)
             say(f"{work.name}: {len(kinds)} operations, {dict(found)}")
     return {
@@ -261,6 +263,18 @@ def measure(*, every: int) -> Figures:
         **{f"operations/{kind}": number for kind, number in sorted(operations.items())},
         **{f"ended/{how}": number for how, number in sorted(found.items()) if how.startswith(tuple(get_args(Fault)))},
     }
+
+
+def chosen(kinds: Sequence[str], *, writes: int) -> list[int]:
+    """The numbers of the operations that fail."""
+    found: list[int] = []
+    start = 0
+    for kind, group in itertools.groupby(kinds):
+        number = len(list(group))
+        few = number if kind != "write" or not writes else min(writes, number)
+        found += [start + (place * (number - 1)) // max(1, few - 1) for place in range(few)]
+        start += number
+    return found
 
 
 def trial(work: Work, *, start: Path, folder: Path, at: int, fault: Fault, right: Contents) -> Counter[str]:
@@ -332,10 +346,10 @@ def apart(work: Callable[[], None], *, faults: Faults | None = None) -> int:
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--every", type=int, default=1, help="let only each so-manieth operation fail (default: 1)")
+    parser.add_argument("--writes", type=int, default=6, help="of those in a row, 0 for all (default: 6)")
     flags = parser.parse_args()
     save = flags.save and flags.every == 1
-    return verify("failpoints", lambda: measure(every=flags.every), bars=BARS, save=save)
+    return verify("failpoints", lambda: measure(writes=flags.writes), bars=BARS, save=save)
 
 
 if __name__ == "__main__":
