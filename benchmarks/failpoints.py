@@ -348,8 +348,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--writes", type=int, default=6, help="of those in a row, 0 for all (default: 6)")
     flags = parser.parse_args()
-    save = flags.save and flags.every == 1
-    return verify("failpoints", lambda: measure(writes=flags.writes), bars=BARS, save=save)
+    return verify("failpoints", lambda: measure(writes=flags.writes), bars=BARS, save=flags.save)
 
 
 if __name__ == "__main__":
