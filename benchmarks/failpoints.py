@@ -3,8 +3,8 @@
 Command: make verify NAME=failpoints [ARGS="--writes 6"]     (about a quarter of an hour)
 A process goes on with a small training from its checkpoint and writes the next ones; another adds a shard of pairs, one
 of tokens and the manifest to folders where a shard is done. Each counts what it asks of the file system below its
-folder. Then it is repeated for every sync, every rename, and of writes in a row, of which a checkpoint has hundreds, for
-the first, the last and some between them; and at that operation
+folder. Then it is repeated for every sync, every rename, and of writes in a row, of which a checkpoint has hundreds,
+for the first, the last and some between them; and at that operation
 
 * *exit*: the process ends at once, half of a write done;
 * *full*: the operation fails as on a full disk (ENOSPC), half of a write done;
