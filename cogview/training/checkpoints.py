@@ -51,9 +51,14 @@ def discard_pending(root: Path, step: int) -> None:
 
 
 def write_part(root: Path, step: int, name: str, state: Mapping[str, Any]) -> None:
-    """Write one file of a pending checkpoint, synced."""
+    """Write one file of a pending checkpoint, synced. StorageError on a full disk."""
     with atomic_file(pending_folder(root, step) / name) as file:
-        torch.save(dict(state), file)
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch closes its archive nevertheless, which fails for want of what is missing
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def publish(root: Path, step: int, *, identity: Mapping[str, Any], keep: int) -> Path:

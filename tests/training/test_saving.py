@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cogview.errors import CheckpointError, StorageError
-from cogview.training.checkpoints import latest_checkpoint, read_checkpoint
+from cogview.training.checkpoints import latest_checkpoint, pending_folder, read_checkpoint, write_part
 from cogview.training.loop import train
 from cogview.training.optimization import OptimizerConfig
 from cogview.training.precision import MasterWeights
@@ -91,6 +91,16 @@ def test_a_disk_that_fails_beside_the_training_ends_it(tmp_path: Path) -> None:
     with small_files_only(2**15), pytest.raises(StorageError, match=r"cannot write .*state\.pt"):
         run(tmp_path, is_checkpoint_async=True)
     assert latest_checkpoint(tmp_path / "checkpoints", identity={}) is None
+
+
+def test_a_full_disk_is_called_so_wherever_it_ends(tmp_path: Path) -> None:
+    state = {f"tensor {number}": torch.arange(3000.0) for number in range(4)}
+    write_part(tmp_path, 1, "state.pt", state)
+    size = (pending_folder(tmp_path, 1) / "state.pt").stat().st_size
+    for enough in range(0, size, 1024):
+        with small_files_only(enough), pytest.raises(StorageError, match=r"cannot write .*state\.pt: File too large"):
+            write_part(tmp_path, 2, "state.pt", state)
+    assert not any(pending_folder(tmp_path, 2).iterdir())
 
 
 def test_shares_of_two_workers_are_written_beside_the_training(tmp_path: Path) -> None:
