@@ -27,7 +27,7 @@ from cogview.evaluation.grids import Tile, draw_sheet, drawable
 from cogview.evaluation.reranking import Floats, best_of, ranking
 from cogview.sampling.choice import SamplingConfig
 from cogview.scenes.reading import ATTRIBUTES
-from pipelines.runtime.chain import fill_from_chain, latest_output, read_chain
+from pipelines.runtime.chain import DEMO_DATA, fill_from_chain, latest_output, read_chain
 from pipelines.runtime.csv_file import write_csv
 from pipelines.runtime.jobs import Job, JobRun, given_folders
 from pipelines.runtime.page import Page, PageFigure, write_page
@@ -44,11 +44,12 @@ MODELS = {
     "captioner": "finetune_captioning",
 }
 CHAIN = {**{name: job for name, job in MODELS.items() if name != "captioner"}, "tokens": "tokenize_pairs"}
-DEMO = "demo site"  # what chain.json calls the data of which the truth is known
 OWN_PROMPTS = 100
 SHEET_CANDIDATES = 24
 SHARD_SIZE = 200  # pictures
 POWERS = tuple(2**power for power in range(11))
+NAMES = {"CapLoss": "CapLoss", "CLIP": "CLIP score", "the reader": "wrong attributes"}  # of what each judge says
+OF_THE_BEST = " of the best by "
 COLOURS = {"CapLoss": "#d1495b", "CLIP": "#3b6ea5", "the reader": "#8a909c"}  # by whom is chosen
 
 
@@ -116,11 +117,8 @@ class Ranked:
             for value, values_PM in self.by.items():
                 sign = -1.0 if value == "CLIP" else 1.0
                 for choice, losses_PM in self.by.items():
-                    row[f"{NAMES[value]} of the best by {choice}"] = sign * best_of(losses_PM, values_PM, n=n)
+                    row[column(NAMES[value], choice)] = sign * best_of(losses_PM, values_PM, n=n)
             yield row
-
-
-NAMES = {"CapLoss": "CapLoss", "CLIP": "CLIP score", "the reader": "wrong attributes"}
 
 
 def main(config: Config, run: JobRun) -> None:
@@ -154,7 +152,7 @@ def resolve(config: Config, *, root: Path) -> Config:
     if config.captioner is None:
         config = replace(config, captioner=latest_output("finetune_captioning", flag="--captioner", root=root))
     filled: Config = fill_from_chain(config, CHAIN, root=root)
-    if config.tokens is None and config.num_scenes and read_chain(root).get("data") != DEMO:
+    if config.tokens is None and config.num_scenes and read_chain(root).get("data") != DEMO_DATA:
         filled = replace(filled, num_scenes=0, num_validation_prompts=config.num_validation_prompts or OWN_PROMPTS)
     return filled
 
@@ -188,12 +186,15 @@ def draw_shard(config: Config, *, run: JobRun) -> DrawShard:
 def rank(table: pa.Table, *, candidates: int, clip: ClipScorer | None, folder: Path) -> Ranked:
     """Every judge's opinion of every drawn picture, read back from its file. The reader judges if all are scenes."""
     rows = table.select(["prompt", "scene", "path", "cap_loss"]).to_pylist()
+    has_truth = all(row["scene"] for row in rows)
     found: dict[str, list[float]] = {"CapLoss": [row["cap_loss"] for row in rows]}
-    if clip is not None:
-        found["CLIP"] = [-score for row in rows for score in clip([_picture(folder, row)], [row["prompt"]])]
-    if all(row["scene"] for row in rows):
-        marks = (judge(_picture(folder, row), expected=scene_from_json(row["scene"])).mean for row in rows)
-        found["the reader"] = [1.0 - mark for mark in marks]
+    for row in rows if clip is not None or has_truth else ():
+        picture = _picture(folder, row)
+        if clip is not None:
+            found.setdefault("CLIP", []).append(-clip([picture], [row["prompt"]])[0])
+        if has_truth:
+            mark = judge(picture, expected=scene_from_json(row["scene"])).mean
+            found.setdefault("the reader", []).append(1.0 - mark)
     by = {name: np.array(values, dtype=np.float64).reshape(-1, candidates) for name, values in found.items()}
     return Ranked(table=table, by=by)
 
@@ -201,11 +202,10 @@ def rank(table: pa.Table, *, candidates: int, clip: ClipScorer | None, folder: P
 def gains(rows: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
     """One candidate against all, in the words of scores."""
     first, last = rows[0], rows[-1]
-    found = {"cap_loss_of_one": first["CapLoss of the best by CapLoss"]}
-    found["cap_loss_of_best"] = last["CapLoss of the best by CapLoss"]
-    if "wrong attributes of the best by CapLoss" in first:
-        found["wrong_attributes_of_one"] = first["wrong attributes of the best by CapLoss"]
-        found["wrong_attributes_of_best"] = last["wrong attributes of the best by CapLoss"]
+    found: dict[str, float] = {}
+    for score, value in (("cap_loss", "CapLoss"), ("wrong_attributes", NAMES["the reader"])):
+        if (name := column(value, "CapLoss")) in first:
+            found |= {f"{score}_of_one": first[name], f"{score}_of_best": last[name]}
     return found
 
 
@@ -213,14 +213,14 @@ def plot_curves(rows: Sequence[Mapping[str, float | int]]) -> "Figure":
     """A panel for each value against the number of candidates, a line for each who chooses."""
     from matplotlib.figure import Figure
 
-    values = [name for name in NAMES.values() if f"{name} of the best by CapLoss" in rows[0]]
-    choices = [name for name in NAMES if f"{values[0]} of the best by {name}" in rows[0]]
+    values = [name for name in NAMES.values() if column(name, "CapLoss") in rows[0]]
+    choices = [name for name in NAMES if column(values[0], name) in rows[0]]
     numbers = [row["n"] for row in rows]
     figure = Figure(figsize=(5 * len(values), 4.2), layout="constrained")
     for axes, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values, strict=True):
         for choice in choices:
             style = ":" if choice == "the reader" else "-"
-            heights = [row[f"{value} of the best by {choice}"] for row in rows]
+            heights = [row[column(value, choice)] for row in rows]
             axes.plot(numbers, heights, style, color=COLOURS[choice], label=f"chosen by {choice}")
         axes.set(title=f"{value[0].upper()}{value[1:]} of the best", xlabel="candidates")
         axes.spines[["top", "right"]].set_visible(False)
@@ -279,9 +279,14 @@ def build_page(rows: Sequence[Mapping[str, float | int]], *, folder: Path, score
     )
 
 
+def column(value: str, choice: str) -> str:
+    """The name of a column: what the best has of a value, if it is chosen by `choice`."""
+    return f"{value}{OF_THE_BEST}{choice}"
+
+
 def metric_name(title: str) -> str:
     """`wrong attributes of the best by CLIP` as a name that MLflow takes: `wrong_attributes/CLIP`."""
-    value, _, choice = title.partition(" of the best by ")
+    value, _, choice = title.partition(OF_THE_BEST)
     return f"{value.replace(' ', '_')}/{choice.replace(' ', '_')}"
 
 

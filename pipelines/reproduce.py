@@ -125,8 +125,9 @@ def main(config: Config, *, order: Order, command: str) -> list[str]:
     lines = road.main(config.road, order=order, command=command)
     jobs = list(experiments(config))
     names = [job.name for job, _, _ in jobs]
-    outputs = {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"]}
-    scores = {stage["job"]: stage["scores"] for stage in read_chain(root)["stages"]}
+    stages = read_chain(root)["stages"]
+    outputs = {stage["job"]: root / stage["output"] for stage in stages}
+    scores = {stage["job"]: stage["scores"] for stage in stages}
     with open_display(names, title=f"reproduce {order.preset}", root=root, is_verbose=order.is_verbose) as display:
         for job, asked, resolve in jobs:
             display.start(job.name)

@@ -29,7 +29,7 @@ from pipelines import scrape_pairs as scraping
 from pipelines import tokenize_pairs as tokenizing
 from pipelines import train_image_tokenizer as image_training
 from pipelines import train_text_tokenizer as text_training
-from pipelines.runtime.chain import CHAIN_NAME, ChainStage, read_chain, run_chain
+from pipelines.runtime.chain import CHAIN_NAME, DEMO_DATA, ChainStage, read_chain, run_chain
 from pipelines.runtime.cluster import shutdown_ray
 from pipelines.runtime.display import duration, open_display
 from pipelines.runtime.flags import Order
@@ -202,11 +202,7 @@ def _words(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 def _source(config: Config) -> str:
     return (
-        ", ".join(addresses_of(config.data))
-        if config.data
-        else "demo site"
-        if config.scrape_pairs.demo
-        else "web pages"
+        ", ".join(addresses_of(config.data)) if config.data else DEMO_DATA if config.scrape_pairs.demo else "web pages"
     )
 
 

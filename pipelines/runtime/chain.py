@@ -22,6 +22,7 @@ from pipelines.runtime.jobs import COMPLETE_NAME, Finished, Job, plan_job, read_
 from pipelines.runtime.locks import folder_lock
 
 CHAIN_NAME = "chain.json"
+DEMO_DATA = "demo site"  # its `data` where the truth about every picture is known
 FROM_CHAIN = Path("the-output-of-the-stage-before")  # stands in a chain's presets where a stage's output goes
 SCORES_SHOWN = 3
 

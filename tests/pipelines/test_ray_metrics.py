@@ -1,6 +1,7 @@
 """Our figures at the address that Prometheus reads, of a Ray that collects them; nothing where none are collected."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -57,16 +58,16 @@ def test_prometheus_reads_rows_and_losses(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()[-1]
+    lines = json.loads(done.stdout.splitlines()[-1])
     for name, tags, value in (
-        ("rows_total", ('job=\\"filter_pairs\\"', 'outcome=\\"kept\\"'), 8.0),
-        ("rows_total", ('job=\\"filter_pairs\\"', 'outcome=\\"too_small\\"'), 6.0),
-        ("training", ('job=\\"pretrain\\"', 'metric=\\"loss\\"'), 1.5),
+        ("rows_total", ('job="filter_pairs"', 'outcome="kept"'), 8.0),
+        ("rows_total", ('job="filter_pairs"', 'outcome="too_small"'), 6.0),
+        ("training", ('job="pretrain"', 'metric="loss"'), 1.5),
     ):
         values = [
-            float(line.rsplit(" ", 1)[1].rstrip('"]'))
-            for line in lines.split('", "')
-            if f"ray_cogview_{name}" in line and all(tag in line for tag in tags)
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith(f"ray_cogview_{name}") and all(tag in line for tag in tags)
         ]
         assert sum(values) == value, lines
 
