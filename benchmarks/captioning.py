@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.captioner import BATCH, held_out_scenes, load_captioner, scene_codes
-from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
+from benchmarks.chains import add_root
+from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, score_attributes
 from cogview.sampling.caption_search import BeamConfig, draw_captions, search_captions
 from cogview.sampling.captioning import Captioner, Language
@@ -83,12 +84,12 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes (default: 400)")
     parser.add_argument("--seed", type=int, default=11, help="of the scenes (default: 11)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     flags, others = parser.parse_known_args()
     torch.set_num_threads(2)
     return verify(
         "captioning",
-        lambda: measure(root=flags.root.resolve(), scenes=flags.scenes, seed=flags.seed, flags=others),
+        lambda: measure(root=flags.root, scenes=flags.scenes, seed=flags.seed, flags=others),
         bars=BARS,
         save=flags.save,
     )

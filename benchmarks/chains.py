@@ -1,5 +1,7 @@
 """What benchmarks of jobs share: running one as a user would, and the folders that a finished chain left."""
 
+import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +15,17 @@ MODELS = {
     "text_tokenizer": "train_text_tokenizer",
     "image_tokenizer": "train_image_tokenizer",
 }
+
+
+def add_root(parser: argparse.ArgumentParser, *, preset: str = "smoke") -> None:
+    """The flag --root; whatever is given, `root` is an absolute path, which workers with other folders find too."""
+    parser.add_argument(
+        "--root",
+        type=lambda given: Path(os.path.abspath(given)),
+        default=REPOSITORY / "runs" / preset,
+        metavar="FOLDER",
+        help=f"a finished chain (default: runs/{preset})",
+    )
 
 
 def run_job(job: str, *flags: str, root: Path, preset: str = "smoke") -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.captioning import judge as judge_captions
-from benchmarks.chains import run_job, stage_folders
-from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
+from benchmarks.chains import add_root, run_job, stage_folders
+from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, judge, score_attributes
 from cogview.evaluation.grids import from_pictures, to_pictures
 from cogview.sampling.caption_search import BeamConfig, search_captions
@@ -193,12 +193,12 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes of each skill (default: 400)")
     parser.add_argument("--seed", type=int, default=21, help="of the scenes (default: 21)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "coglm_smoke", help="where the chain is")
+    add_root(parser, preset="coglm_smoke")
     flags, others = parser.parse_known_args()
     torch.set_num_threads(2)
     return verify(
         "coglm",
-        lambda: measure(root=flags.root.resolve(), scenes=flags.scenes, seed=flags.seed, flags=others),
+        lambda: measure(root=flags.root, scenes=flags.scenes, seed=flags.seed, flags=others),
         bars=BARS,
         save=flags.save,
     )

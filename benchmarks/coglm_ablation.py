@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.chains import run_job, stage_folders
+from benchmarks.chains import add_root, run_job, stage_folders
 from benchmarks.coglm import BATCH, TWO_SHAPE_SHARE, finished_coglm, trained_coglm
-from benchmarks.harness import REPOSITORY, Figures, argument_parser, say, verify
+from benchmarks.harness import Figures, argument_parser, say, verify
 from cogview.config import digest_of
 from cogview.evaluation.attributes import judge, score_attributes
 from cogview.evaluation.caption_loss import score_pairs
@@ -150,13 +150,13 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes of each variant (default: 200)")
     parser.add_argument("--seed", type=int, default=31, help="of the scenes (default: 31)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "coglm_smoke", help="where the chain is")
+    add_root(parser, preset="coglm_smoke")
     parser.add_argument("--emoji", type=Path, default=None, help="the root of a chain with a CogLM on emoji")
     flags = parser.parse_args()
     torch.set_num_threads(2)
     return verify(
         NAME,
-        lambda: measure(root=flags.root.resolve(), emoji=flags.emoji, scenes=flags.scenes, seed=flags.seed),
+        lambda: measure(root=flags.root, emoji=flags.emoji, scenes=flags.scenes, seed=flags.seed),
         bars=(),
         save=flags.save,
     )

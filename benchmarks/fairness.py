@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.chains import folders_by_field, run_job
+from benchmarks.chains import add_root, folders_by_field, run_job
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
 from cogview.evaluation.grids import from_pictures
 from cogview.scenes import wording
@@ -302,7 +302,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     parser.add_argument("--steps", type=int, default=1500, help="of training (default: 1500)")
     parser.add_argument("--pictures", type=int, default=800, help="circles of each drawing (default: 800)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more only help on free cores (default: 1)")
@@ -310,7 +310,7 @@ def main() -> int:
     torch.set_num_threads(flags.threads)
     return verify(
         "fairness",
-        lambda: measure(root=flags.root.resolve(), steps=flags.steps, pictures=flags.pictures, save=flags.save),
+        lambda: measure(root=flags.root, steps=flags.steps, pictures=flags.pictures, save=flags.save),
         bars=BARS,
         save=flags.save,
     )

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from PIL import ImageFilter
 
 from benchmarks.browser import Tab, find_browser, open_tab
-from benchmarks.chains import stage_folders
+from benchmarks.chains import add_root, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.evaluation.attributes import scene_from_json
 from cogview.evaluation.human_votes import SCALES
@@ -275,12 +275,12 @@ def free_port() -> int:
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     parser.add_argument("--kills", type=int, default=3, help="of the server, with SIGKILL (default: 3)")
     flags = parser.parse_args()
     return verify(
         "human_evaluation",
-        lambda: measure(root=flags.root.resolve(), kills=flags.kills),
+        lambda: measure(root=flags.root, kills=flags.kills),
         bars=BARS,
         save=flags.save,
     )

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.chains import folders_by_field
-from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, say, verify
+from benchmarks.chains import add_root, folders_by_field
+from benchmarks.harness import Bar, Figures, argument_parser, say, verify
 from cogview.config import input_field
 from cogview.training.language_model import LanguageModelLoss
 from cogview.training.loop import METRICS_NAME, LoopConfig, WeightedBatch
@@ -169,7 +169,7 @@ def step_seconds(times: list[float]) -> list[float]:
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     parser.add_argument("--steps", type=int, default=150, help="steps of each turn (default: 150)")
     parser.add_argument("--turns", type=int, default=3, help="turns of both ways (default: 3)")
     flags = parser.parse_args()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.captioner import held_out_scenes, load_captioner, scene_codes
-from benchmarks.chains import run_job
+from benchmarks.chains import add_root, run_job
 from benchmarks.harness import REPOSITORY, Bar, Figures, argument_parser, verify
 from cogview.evaluation.caption_loss import score_pairs
 from cogview.sampling.captioning import Captioner
@@ -146,13 +146,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200, help="held-out scenes to draw (default: 200)")
     parser.add_argument("--candidates", type=int, default=16, help="pictures of each prompt (default: 16)")
     parser.add_argument("--pairs", type=int, default=400, help="scenes with a right and wrong captions (default: 400)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     flags, others = parser.parse_known_args()
     torch.set_num_threads(2)
     return verify(
         "reranking",
         lambda: measure(
-            root=flags.root.resolve(),
+            root=flags.root,
             prompts=flags.prompts,
             candidates=flags.candidates,
             pairs=flags.pairs,

@@ -9,7 +9,6 @@ prompt and seed, in a batch of one. Times are from a client's first try to its a
 
 import asyncio
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.chains import add_root
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.errors import CogViewError
 from cogview.sampling.choice import SamplingConfig
@@ -278,11 +278,9 @@ def is_own(pictures: list[dict[str, Any]], order: Mapping[str, Any], painter: Te
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    default = REPOSITORY / "runs" / "smoke"
-    parser.add_argument("--root", type=Path, default=default, help="a finished chain (default: runs/smoke)")
+    add_root(parser)
     flags = parser.parse_args()
-    root = Path(os.path.abspath(flags.root))
-    return verify("serving", lambda: measure(root=root), bars=BARS, save=flags.save)
+    return verify("serving", lambda: measure(root=flags.root), bars=BARS, save=flags.save)
 
 
 if __name__ == "__main__":

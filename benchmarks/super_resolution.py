@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.chains import model_folders, run_job, stage_folders
+from benchmarks.chains import add_root, model_folders, run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from cogview.evaluation.attributes import JudgedPicture, judge, scene_from_json, score_attributes
 from cogview.evaluation.grids import Tile, draw_sheet, from_pictures, to_pictures
@@ -229,12 +229,12 @@ def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=400, help="scenes of each kind (default: 400)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     parser.add_argument("--runs", type=Path, help="where to finetune, and to find what was finetuned (default: anew)")
     flags, others = parser.parse_known_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(prefix="cogview-magnify-") as fresh:
-        runs, root = (flags.runs or Path(fresh)).resolve(), flags.root.resolve()
+        runs, root = (flags.runs or Path(fresh)).resolve(), flags.root
         return verify(
             "super_resolution",
             lambda: measure(root=root, runs=runs, scenes=flags.scenes, save=flags.save, flags=others),

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from benchmarks.captioner import finetuned
-from benchmarks.chains import MODELS, folders_by_field
+from benchmarks.chains import MODELS, add_root, folders_by_field
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from benchmarks.processes import ProcessWatch
 from cogview.evaluation.blur import RADII
@@ -199,7 +199,7 @@ def log_of(root: Path) -> Path:
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     parser.add_argument("--captions", type=int, default=40, help="to draw (default: 40)")
     parser.add_argument("--candidates", type=int, default=2, help="pictures of each (default: 2)")
     parser.add_argument("--kills", type=int, default=3, help="runs that are killed (default: 3)")
@@ -208,7 +208,7 @@ def main() -> int:
     return verify(
         "table1",
         lambda: measure(
-            root=flags.root.resolve(),
+            root=flags.root,
             captions=flags.captions,
             candidates=flags.candidates,
             kills=flags.kills,

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.chains import folders_by_field
-from benchmarks.harness import REPOSITORY, Figures, argument_parser, say, verify
+from benchmarks.chains import add_root, folders_by_field
+from benchmarks.harness import Figures, argument_parser, say, verify
 from cogview.evaluation.attributes import Score, judge, score_attributes
 from cogview.evaluation.grids import to_pictures
 from cogview.evaluation.losses import held_out_losses
@@ -92,7 +92,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="steps of each training (default: 1000)")
     parser.add_argument("--scenes", type=int, default=200, help="scenes drawn with each model (default: 200)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "smoke", help="a finished chain")
+    add_root(parser)
     flags = parser.parse_args()
     torch.set_num_threads(2)
     return verify(

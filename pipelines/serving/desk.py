@@ -7,6 +7,7 @@ which they came, but for those that join a batch because they are sampled alike.
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 AnyOrder = DrawOrder | MagnifyOrder | CaptionOrder | CompleteOrder
 PARTS_SHOWN = 8  # how often a picture is shown while it is drawn
-FIRST_GUESS = 1.0  # seconds for a picture, until one has been drawn
+SOON = 2  # seconds after which to come again, as long as nobody knows how long a picture takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Desk:
         self._at_work: list[Ticket] = []
         self._changed = threading.Condition()
         self._is_closing = False
-        self._seconds_each = FIRST_GUESS
+        self._seconds_each: float | None = None  # a picture takes, of those drawn lately
         self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
 
     def __enter__(self) -> "Desk":
@@ -106,9 +107,8 @@ class Desk:
                 raise RefusedError(503, "the server is ending", retry_after=10)
             if len(self._waiting) >= self.max_waiting:
                 self.counts["refused"] += 1
-                seconds = self._seconds_each * sum(waiting.size for waiting in self._waiting)
                 message = f"{self.max_waiting} requests are waiting already; try again later"
-                raise RefusedError(429, message, retry_after=max(1, min(round(seconds), round(self.timeout))))
+                raise RefusedError(429, message, retry_after=self._come_again())
             self._waiting.append(ticket)
             self.counts["longest_queue"] = max(self.counts["longest_queue"], len(self._waiting))
             self._changed.notify()
@@ -127,6 +127,14 @@ class Desk:
         with self._changed:
             return {"waiting": len(self._waiting), "at_work": len(self._at_work), **self.counts}
 
+    def _come_again(self) -> int:
+        """Seconds after which whoever is sent away may try again: some moment before the queue is drawn, another for
+        each, so that they do not all come back at once."""
+        if self._seconds_each is None:
+            return SOON
+        seconds = self._seconds_each * sum(ticket.size for ticket in (*self._waiting, *self._at_work))
+        return max(1, round(random.uniform(0, min(seconds, self.timeout))))
+
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
         while batch := self._next_batch():
@@ -140,7 +148,8 @@ class Desk:
                 self._end(batch, "failed", RefusedError(500, f"the model failed: {type(tried.error).__name__}"))
             else:
                 each = (time.monotonic() - started) / sum(ticket.size for ticket in batch)
-                self._seconds_each += (each - self._seconds_each) / 4
+                before = each if self._seconds_each is None else self._seconds_each
+                self._seconds_each = before + (each - before) / 4
         self._end(self._waiting, "abandoned", RefusedError(503, "the server is ending", retry_after=10))
         self._waiting = []
 

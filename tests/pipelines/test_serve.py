@@ -22,6 +22,7 @@ from cogview.errors import ConfigError
 from cogview.evaluation.grids import to_pictures
 from cogview.sampling.choice import SamplingConfig
 from pipelines import serve
+from pipelines.serving import desk
 from pipelines.serving.gate import SECURITY
 from pipelines.serving.listening import read_token
 from pipelines.serving.orders import MagnifyOrder
@@ -230,14 +231,21 @@ def test_a_full_queue_sends_away_and_loses_nothing(studio: Studio, config: serve
         await until(lambda: served.desk.state()["waiting"] == 3)
         async with served.session.post(f"{served.url}/draw", json=GOOD) as answer:
             assert answer.status == 429
-            assert int(answer.headers["Retry-After"]) >= 1
+            assert int(answer.headers["Retry-After"]) == desk.SOON  # nothing was drawn yet
             assert "3 requests are waiting already" in (await answer.json())["error"]
+        served.desk._seconds_each = 10.0
+        told = set()
+        for _ in range(40):
+            async with served.session.post(f"{served.url}/draw", json=GOOD) as answer:
+                told.add(int(answer.headers["Retry-After"]))
+        assert len(told) > 1  # not all at once
+        assert 1 <= min(told) <= max(told) <= 30
         served.desk.__enter__()
         for seed, (status, answer) in enumerate(await asyncio.gather(*waiting)):
             assert status == 200
             assert answer["pictures"][0]["codes"] == alone(studio, "a star", seed, config.sampling)
         state = served.desk.state()
-        assert (state["served"], state["refused"], state["longest_queue"]) == (3, 1, 3)
+        assert (state["served"], state["refused"], state["longest_queue"]) == (3, 41, 3)
 
     visit(studio, replace(config, max_waiting=3), work, is_working=False)
 
