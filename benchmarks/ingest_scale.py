@@ -7,9 +7,10 @@ million that is the table: CPU hours, wall hours on `--cores`, requests, GB rece
 one process must hold of all items at once (filter compares captions and digests). Other memory does not grow with the
 rows: that of the run below is `run/peak_gib`. What a network or a site's politeness takes comes on top: a site's rate
 holds however many machines there are.
-Then scrape_pairs runs over a million URLs that are refused before any connection, with one real photo in each shard:
-all of the machinery and none of the waiting. The driver's own memory is read while it works; it must not grow with the
-rows. Photos are those of ../shared/data/photos (0.1 megapixels); larger ones cost more in `fetch` and `store`.
+Then scrape_pairs runs over a hundred thousand and over a million URLs that are refused before any connection, with one
+real photo in each shard: all of the machinery and none of the waiting. The driver's own memory is read from its start
+to its end; the most that it ever has must not grow with the rows. Photos are those of ../shared/data/photos (0.1
+megapixels); larger ones cost more in `fetch` and `store`.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ IMAGE_SIZE, CODES, TEXT_IDS = 256, 1024, 64
 SHARD_SIZE = 10_000  # the job's own
 GB, MIB = 1e9, 2**20
 LIMIT_S = 3600
-GROWTH = "driver/growth_mib"
+GROWTH = "driver/growth_from_a_tenth_of_the_rows_mib"
 BARS = (Bar(figure=GROWTH, op="<=", value=32),)
 
 
@@ -76,9 +77,11 @@ def measure(*, rows: int, cores: int) -> Figures:
     with tempfile.TemporaryDirectory(prefix="cogview-scale-") as name, photo_server(PHOTOS) as port:
         say("the cost of one item in each stage")
         stages = measure_stages(Path(name), port=port)
-        say(f"{rows:,} rows through scrape_pairs")
-        simulated = simulate(Path(name), rows=rows, port=port)
-    return {**simulated, **model(stages, cores=cores)}
+        runs = []
+        for number in (rows // 10, rows):
+            say(f"{number:,} rows through scrape_pairs")
+            runs.append(simulate(Path(name) / str(number), rows=number, port=port))
+    return {**driver_figures(*runs), **runs[-1].figures, **model(stages, cores=cores)}
 
 
 def model(stages: dict[str, Stage], *, cores: int) -> dict[str, float]:
@@ -165,8 +168,18 @@ def encoding_seconds() -> float:
     return encoding() / ENCODED
 
 
-def simulate(folder: Path, *, rows: int, port: int) -> dict[str, float]:
-    """scrape_pairs over rows that cost nothing; the driver's memory from a tenth of the shards to the end."""
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A finished run. samples: (shards done, bytes of the driver's own memory), from its start to its end."""
+
+    shards: int
+    samples: list[tuple[int, int]]
+    figures: dict[str, float]
+
+
+def simulate(folder: Path, *, rows: int, port: int) -> Simulated:
+    """scrape_pairs over rows that cost nothing."""
+    folder.mkdir()
     shards = max(10, rows // SHARD_SIZE)
     size = -(-rows // shards)
     refused = "http://host{:07d}.photos.test:9/{:07d}.jpg"  # a port that is never asked
@@ -200,7 +213,8 @@ def simulate(folder: Path, *, rows: int, port: int) -> dict[str, float]:
         raise UnmeasuredError(
             f"{manifest['rows_out']} of {manifest['rows_in']} rows came out, expected {shards} of {rows}"
         )
-    return {**driver_figures(samples, shards=shards), **run_figures(watch, rows=rows, shards=shards, seconds=seconds)}
+    figures = run_figures(watch, rows=rows, shards=shards, seconds=seconds)
+    return Simulated(shards=shards, samples=samples, figures=figures)
 
 
 def run_figures(watch: ProcessWatch, *, rows: int, shards: int, seconds: float) -> dict[str, float]:
@@ -230,20 +244,22 @@ def follow(process: subprocess.Popen[bytes], output: Path) -> list[tuple[int, in
     return samples
 
 
-def driver_figures(samples: list[tuple[int, int]], *, shards: int) -> dict[str, float]:
-    """The driver's memory at a tenth of the shards, its growth from there, and its peak while it listed the rows."""
-    listing = [memory for done, memory in samples if done == 0 and memory]
-    working = [(done, memory) for done, memory in samples if done >= shards / 10 and memory]
-    if not working or not listing:
+def driver_figures(small: Simulated, large: Simulated) -> dict[str, float]:
+    """The most memory of the driver in both runs; of the larger one also phase by phase."""
+    peaks = [max(memory for _, memory in run.samples) for run in (small, large)]
+    listing = [memory for done, memory in large.samples if done == 0]
+    working = [memory for done, memory in large.samples if large.shards / 10 <= done < large.shards]
+    closing = [memory for done, memory in large.samples if done >= large.shards]
+    if not (listing and working and closing):
         raise UnmeasuredError("the run was over before its memory could be read twice; give more --rows")
-    at_tenth = working[0][1]
-    at_end = max(memory for done, memory in working if done >= working[-1][0])
     return {
-        GROWTH: (at_end - at_tenth) / MIB,
+        GROWTH: (peaks[1] - peaks[0]) / MIB,
+        "driver/peak_mib_of_a_tenth_of_the_rows": peaks[0] / MIB,
+        "driver/peak_mib": peaks[1] / MIB,
         "driver/mib_while_listing": max(listing) / MIB,
-        "driver/mib_at_a_tenth": at_tenth / MIB,
-        "driver/mib_peak": max(memory for _, memory in working) / MIB,
-        "driver/kib_per_shard": (at_end - at_tenth) / 1024 / (0.9 * shards),
+        "driver/mib_at_a_tenth_of_the_shards": working[0] / MIB,
+        "driver/mib_at_the_last_shard": working[-1] / MIB,
+        "driver/mib_while_closing": max(closing) / MIB,
     }
 
 

@@ -61,7 +61,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         checked.require(temporary, name=path)
-        os.replace(temporary, path)
+        move(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
@@ -69,6 +69,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename, in the place of what is there. StorageError where the file system only says that it did."""
+    os.replace(source, target)
+    if source.exists():
+        raise StorageError(f"{source} was not renamed to {target}; do not trust this file system")
 
 
 class _Checked(io.BufferedIOBase):

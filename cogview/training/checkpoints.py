@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cogview.errors import CheckpointError, ManifestError
-from cogview.shards.manifest import MANIFEST_NAME, atomic_file, file_record, read_sealed, write_sealed
+from cogview.shards.manifest import MANIFEST_NAME, atomic_file, file_record, move, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 STATE_NAME = "state.pt"
@@ -68,7 +68,7 @@ def publish(root: Path, step: int, *, identity: Mapping[str, Any], keep: int) ->
     write_sealed(pending / MANIFEST_NAME, {"step": step, "identity": dict(identity), "files": files})
     if final.exists():
         shutil.rmtree(final)
-    pending.rename(final)
+    move(pending, final)
     for old in _folders(root)[keep:]:
         shutil.rmtree(old)
     return final

@@ -1,5 +1,6 @@
 """Manifests and entries: whole or refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,10 @@ def write_to_a_failing_disk(path: Path) -> None:
         (temporary,) = path.parent.iterdir()
         with open(temporary, "r+b") as disk:
             disk.write(b"X")
+
+
+def test_a_rename_that_was_not_done_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda source, target: None)
+    with pytest.raises(StorageError, match=r"was not renamed to .*part"), atomic_file(tmp_path / "part") as file:
+        file.write(b"all of it")
+    assert not any(tmp_path.iterdir())
