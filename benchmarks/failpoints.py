@@ -12,7 +12,8 @@ for the first, the last and some between them; and at that operation
   the process has ended, as after a power cut.
 
 After each, what was done before must be whole, and what looks done must be right to the byte; then the same work runs
-again without a fault, and must end with the bytes of a run that never failed.
+again without a fault, and must end with the bytes of a run that never failed. A training ends with its newest
+checkpoint: an older one that a power cut tore is not made again, but must be known to be damaged.
 """
 
 import builtins
@@ -164,6 +165,8 @@ class Work(Protocol):
 
     def check(self, folder: Path, *, right: Contents) -> Counter[str]: ...
 
+    def is_made_good(self, folder: Path, *, right: Contents) -> bool: ...
+
 
 class CheckpointWork:
     """A training that goes on from its first checkpoint."""
@@ -199,6 +202,12 @@ class CheckpointWork:
             found["wrong"] += any((folder / name).read_bytes() != right[name] for name in names)
         return found
 
+    def is_made_good(self, folder: Path, *, right: Contents) -> bool:
+        """Whether the last checkpoint is there, and nothing that verifies is wrong."""
+        newest = latest_checkpoint(folder, identity={})
+        found = self.check(folder, right=right)
+        return newest is not None and newest.step == STEPS and not (found["lost"] or found["wrong"])
+
 
 class ShardWork:
     """A shard that is added to those that are done, and the manifest that closes the folder."""
@@ -231,6 +240,11 @@ class ShardWork:
         else:
             found["wrong"] += (folder / MANIFEST_NAME).read_bytes() != right[MANIFEST_NAME]
         return found
+
+    def is_made_good(self, folder: Path, *, right: Contents) -> bool:
+        """Whether all files have the right bytes."""
+        remade = contents(folder)
+        return all(remade.get(name) == data for name, data in right.items())
 
 
 WORKS: tuple[Work, ...] = (CheckpointWork(), ShardWork("pairs", pair_entry), ShardWork("tokens", token_entry))
@@ -290,8 +304,7 @@ def trial(work: Work, *, start: Path, folder: Path, at: int, fault: Fault, right
     found[f"{fault}/{ {EXITED: 'killed', REFUSED: 'with an error', 0: 'as if all were well'}[code] }"] += 1
     found["unsaid"] += fault == "full" and code == 0
     again = apart(partial(work.go_on, below(folder)))
-    remade = contents(below(folder))
-    found["not made good"] += again != 0 or any(remade.get(name) != data for name, data in right.items())
+    found["not made good"] += again != 0 or not work.is_made_good(below(folder), right=right)
     return found
 
 
