@@ -99,7 +99,7 @@ def work(rank: int, world: int, output: Path, last: int, steps: int, sharding: S
             learning_rate=3e-4
         ),  # the paper's; ten times as much makes 1e-5 into 3e-2 within 60 steps
         sharding=sharding,
-        is_prefetching=False,  # the task asks to stop at a step
+        prefetching="off",  # the task asks to stop at a step
         log_every=1,
         validate_every=steps,
         checkpoint_every=steps,

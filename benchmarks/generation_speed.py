@@ -5,9 +5,9 @@ All have 6 layers of 384 in 6 heads, one vocabulary, fp32 and random weights, an
 after a prompt of 64 tokens, another for each row. GPT-2 runs transformers' `generate` with its cache and torch's fused
 attention. DALLE-pytorch 1.6.6 drops the cache that one asks `generate_images` for when there is no guidance; here it is
 passed on, and as it is it runs for a single image alone. CogView's way keeps the inputs of all layers and makes keys
-and values of all of them anew for every token, as the released code does; it draws with our weights and seeds, so its
-tokens have to be ours. The contenders take turns: a rate is of the median turn, and a ratio the median of those within
-a turn, so that a machine that slows down slows all of them.
+and values of all of them anew for every token, as the released code does, by torch's own products; it draws with our
+weights and seeds, so its tokens have to be ours. The contenders take turns: a rate is of the median turn, and a ratio
+the median of those within a turn, so that a machine that slows down slows all of them.
 """
 
 import statistics
@@ -139,7 +139,7 @@ def cogview_codes(model: GPT, batch: int) -> Tensor:
             known = torch.cat([kept[index], hidden], dim=1)
             hidden = block_with_memory(layer, hidden, memory=kept[index])
             kept[index] = known
-        logits = model.logits(model.transformer.final_layernorm(hidden[:, -1]))
+        logits = model.transformer.final_layernorm(hidden[:, -1]) @ model.word_embeddings.weight.T
         codes.append(choose(logits[:, : VOCABULARY.image_ids.stop].float(), draws[:, token], config=SAMPLING))
         start, ids = start + ids.shape[1], codes[-1][:, None]
     return torch.stack(codes, dim=1)
@@ -150,14 +150,22 @@ def block_with_memory(block: nn.Module, hidden: Tensor, *, memory: Tensor) -> Te
     assert isinstance(block, Block)
     batch, length, width = hidden.shape
     known = torch.cat([block.input_layernorm(memory), block.input_layernorm(hidden)], dim=1)
-    parts = block.attention.query_key_value(known).view(batch, known.shape[1], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    attention, mlp = block.attention, block.mlp
+    parts = product(known, attention.query_key_value).view(batch, known.shape[1], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
     q, k, v = parts.unbind(0)
     allowed = torch.ones(length, known.shape[1], dtype=torch.bool).tril(known.shape[1] - length)
     attended = nn.functional.scaled_dot_product_attention(q[:, :, -length:], k, v, attn_mask=allowed)
-    merged = block.attention.dense(attended.transpose(1, 2).reshape(batch, length, width))
+    merged = product(attended.transpose(1, 2).reshape(batch, length, width), attention.dense)
     hidden = hidden + block.third_layernorm(merged)
-    widened: Tensor = block.fourth_layernorm(block.mlp(block.post_attention_layernorm(hidden)))
+    wide = product(block.post_attention_layernorm(hidden), mlp.dense_h_to_4h)
+    narrow = product(nn.functional.gelu(wide, approximate="tanh"), mlp.dense_4h_to_h)
+    widened: Tensor = block.fourth_layernorm(narrow)
     return hidden + widened
+
+
+def product(rows: Tensor, layer: nn.Linear) -> Tensor:
+    """What a linear layer gives, by torch's own choice of a library."""
+    return nn.functional.linear(rows, layer.weight, layer.bias)
 
 
 def gpt2() -> Draw:

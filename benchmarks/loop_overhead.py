@@ -5,9 +5,9 @@ Command: make verify NAME=loop_overhead [ARGS="--root runs/smoke --steps 150 --t
 Adam. *Ray Train* is the loop as `pretrain` runs it, with one worker, so that both have the same threads: it also sums
 over workers, looks for faults and for a request to stop, logs, and writes a checkpoint and a score every 50 steps. Both
 take turns; a step's time is from one forward pass to the next, without the steps of checkpoints and scores, which are
-told by themselves. Compared are the medians of the steps within a turn, since a machine that others use too is slower in
-one minute than in the next; the bar is on the median over the turns. Data wait is the share of the time in which the loop
-waits for a batch; the bare loop makes each batch when it needs it.
+told by themselves. Compared are the medians of the steps within a turn, since a machine that others use too is slower
+in one minute than in the next; the bar is on the median over the turns. Data wait is the share of the time in which the
+loop waits for a batch; the bare loop makes each batch when it needs it.
 """
 
 import json
@@ -130,8 +130,9 @@ def measure(*, root: Path, steps: int, turns: int) -> Figures:
             ]  # what comes between these two steps besides the step
             say(f"turn {turn + 1}: bare {bare[-1] * 1000:.1f} ms, Ray Train {ray[-1] * 1000:.1f} ms a step")
     shutdown_ray()
+    ratios = [after / before for before, after in zip(bare, ray, strict=True)]
     figures = {
-        "step/times the bare loop's": statistics.median(after / before for before, after in zip(bare, ray, strict=True)),
+        "step/times the bare loop's": statistics.median(ratios),
         "data wait/share of the step": statistics.median(waits),
         "step/bare, seconds": statistics.median(bare),
         "step/Ray Train, seconds": statistics.median(ray),
@@ -139,7 +140,7 @@ def measure(*, root: Path, steps: int, turns: int) -> Figures:
         "steps of a turn": steps,
         "turns": turns,
     }
-    return figures | {f"step/turn {n + 1}, times the bare loop's": ray[n] / bare[n] for n in range(turns)}
+    return figures | {f"step/turn {n}, times the bare loop's": ratio for n, ratio in enumerate(ratios, start=1)}
 
 
 def bare_times(config: Config, output: Path) -> list[float]:

@@ -131,7 +131,7 @@ def drive(root: Path, *, steps: int, sharding: Sharding) -> None:
         log_every=1,
         checkpoint_every=EVERY,
         seed=5,
-        is_prefetching=False,  # the task notes the step of its last batch
+        prefetching="off",  # the task notes the step of its last batch
     )
     run_job(JOB, Config(loop=loop), root=root, display=PlainDisplay([], stream=sys.stderr))
 

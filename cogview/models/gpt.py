@@ -20,6 +20,7 @@ from cogview.models.attention import causal_mask, fused_attention, pb_relax_atte
 from cogview.models.norms import LayerNorm
 from cogview.models.one_token import Steps, can_step
 from cogview.models.pivots import Pivots, SparseConfig, draw_pivots, inference_mask, needed_keys
+from cogview.models.products import Linear, linear
 
 AttentionKind = Literal["fused", "pb_relax", "plain", "sparse"]
 Regions = Callable[[int], Tensor | Pivots | None]  # layer -> mask, pivots, or None: causal
@@ -135,8 +136,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, *, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_BLE: Tensor, cache: KeyValueCache | None, allowed: Tensor | Pivots | None) -> Tensor:
         """[B, L, E] -> [B, L, E]; causal if `allowed` is None, else looking where mask [B, 1, L, K] or pivots say."""
@@ -170,8 +171,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h = Linear(4 * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_BLE: Tensor) -> Tensor:
         """[B, L, E] -> [B, L, E]."""
@@ -267,7 +268,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor, *, ids: range | None = None) -> Tensor:
         """Scores over the vocabulary [..., V] of hidden states [..., E], or only over a range of ids."""
         weight_VE = self.word_embeddings.weight if ids is None else self.word_embeddings.weight[ids.start : ids.stop]
-        return hidden @ weight_VE.T
+        return linear(hidden, weight_VE)
 
     def compile_layers(self) -> None:
         """Compile every block in place: one graph, made at the first step, serves all of them. Needs a C++ compiler."""

@@ -27,6 +27,7 @@ from cogview.models.attention import fused_attention
 from cogview.models.gpt import GPT, Block
 from cogview.models.local_attention import local_attention
 from cogview.models.local_rules import LocalRule, Window, square_window
+from cogview.models.products import Linear
 
 Stage = Literal["direct", "iterative"]
 MIXINS = "mixins."
@@ -86,8 +87,8 @@ class LocalSuperResolution(nn.Module):
         self.mixins = nn.ModuleDict({"extra_position_embedding": positions})
         if config.is_direct:
             plus, layers = nn.Module(), range(gpt.config.num_layers)
-            plus.query_key_value = nn.ModuleList(nn.Linear(width, 3 * width) for _ in layers)
-            plus.dense = nn.ModuleList(nn.Linear(width, width) for _ in layers)
+            plus.query_key_value = nn.ModuleList(Linear(width, 3 * width) for _ in layers)
+            plus.dense = nn.ModuleList(Linear(width, width) for _ in layers)
             self.mixins["attention_plus"] = plus
             gpt.requires_grad_(False)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cogview.errors import CheckpointError, ConfigError
 from cogview.models.gpt import GPT, GPTConfig
+from cogview.models.products import Linear
 from cogview.models.published import (
     WEIGHTS_NAME,
     file_sha256,
@@ -62,7 +63,7 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer with frozen weights, under their old names, and an adapter beside them."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig, *, generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ EOI1 is image. A segment of the layout may weigh its own labels on top of that, 
 
 # B batch, L sequence
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cogview.errors import SchemaError
-from cogview.sequences.layout import Codes, IdSequence, SequenceLayout
+from cogview.sequences.layout import Codes, Ids, IdSequence, SequenceLayout, Weights
 from cogview.tokenizers.vocabulary import Vocabulary
 
 
@@ -64,30 +65,19 @@ def build_batch(
     for codes in images:
         if len(text_ids) != len(codes):
             raise SchemaError(f"{len(text_ids)} texts for {len(codes)} images; a row has one of each")
-    num_image_tokens = [codes.shape[1] for codes in images]
+    num_image_tokens = tuple(codes.shape[1] for codes in images)
     budget = layout.text_budget(length=config.length, num_image_tokens=num_image_tokens)
     rows = [
         layout.fill(text, [codes[row] for codes in images], vocabulary=vocabulary, budget=budget)
         for row, text in enumerate(text_ids)
     ]
-    places = [
-        layout.positions(
-            num_text=min(len(text), budget),
-            num_image_tokens=num_image_tokens,
-            budget=budget,
-            is_image_fixed=config.is_image_fixed,
-        )
-        for text in text_ids
-    ]
+    patterns = _patterns(layout, num_image_tokens, budget=budget, is_image_fixed=config.is_image_fixed)
     padded_BL = np.full((len(rows), max(map(len, rows))), vocabulary.command("PAD"), dtype=np.int64)
     positions_BL = np.zeros_like(padded_BL)
     segments_BL = np.zeros(padded_BL.shape, dtype=np.float32)
-    for row, (ids, place, text) in enumerate(zip(rows, places, text_ids, strict=True)):
+    for row, (ids, text) in enumerate(zip(rows, text_ids, strict=True)):
         padded_BL[row, : len(ids)] = ids
-        positions_BL[row, : len(ids)] = place
-        segments_BL[row, : len(ids)] = layout.loss_weights(
-            num_text=min(len(text), budget), num_image_tokens=num_image_tokens
-        )
+        positions_BL[row, : len(ids)], segments_BL[row, : len(ids)] = patterns[min(len(text), budget)]
     tokens_BL = torch.from_numpy(padded_BL)
     inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
     image_part_BL = inputs_BL < vocabulary.image_ids.stop
@@ -101,3 +91,27 @@ def build_batch(
         loss_weights=weights_BL,
         image_part=image_part_BL,
     )
+
+
+class _Patterns(dict[int, tuple[Ids, Weights]]):
+    """Positions and loss weights of a row by the length of its text; not to be written to."""
+
+    def __init__(
+        self, layout: SequenceLayout, num_image_tokens: tuple[int, ...], *, budget: int, is_image_fixed: bool
+    ) -> None:
+        self._layout, self._num_image_tokens = layout, num_image_tokens
+        self._budget, self._is_image_fixed = budget, is_image_fixed
+
+    def __missing__(self, num_text: int) -> tuple[Ids, Weights]:
+        positions = self._layout.positions(
+            num_text=num_text,
+            num_image_tokens=self._num_image_tokens,
+            budget=self._budget,
+            is_image_fixed=self._is_image_fixed,
+        )
+        weights = self._layout.loss_weights(num_text=num_text, num_image_tokens=self._num_image_tokens)
+        self[num_text] = positions, weights
+        return self[num_text]
+
+
+_patterns = functools.lru_cache(maxsize=64)(_Patterns)

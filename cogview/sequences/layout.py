@@ -5,6 +5,7 @@ id, so no caption, whatever it says, can produce one. The text is what is cut wh
 never are.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -132,12 +133,12 @@ class SequenceLayout:
         parts: list[Ids] = []
         images = iter(codes)
         for segment in self.segments:
-            parts.append(np.array([vocabulary.command(name) for name in segment.before], dtype=np.int64))
+            parts.append(_commands(segment.before, vocabulary))
             if segment.kind == "text":
                 parts.append(_text_tokens(text_ids, vocabulary=vocabulary, budget=budget))
             else:
                 parts.append(next(images).astype(np.int64))
-            parts.append(np.array([vocabulary.command(name) for name in segment.after], dtype=np.int64))
+            parts.append(_commands(segment.after, vocabulary))
         return np.concatenate(parts)
 
     def _swapped_positions(self, *, num_text: int, num_image_tokens: ImageTokens, budget: int) -> Ids:
@@ -190,6 +191,12 @@ TASKS: dict[str, SequenceLayout] = {
         text("ROI1"), image("BASE", "BOI1", "EOI1"), image("ROI2", "POS0", "BASE", "BOI2", "EOI2", restarts=True)
     ),
 }
+
+
+@functools.lru_cache
+def _commands(names: tuple[str, ...], vocabulary: Vocabulary) -> Ids:
+    """Ids of command tokens, which every row has; not to be written to."""
+    return np.array([vocabulary.command(name) for name in names], dtype=np.int64)
 
 
 def _text_tokens(text_ids: IdSequence, *, vocabulary: Vocabulary, budget: int) -> Ids:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cogview.models.products import linear
+
 LOGITS_BYTES = 256 * 2**20  # fp32 logits of 1,152 tokens over 58,240 ids: enough for an efficient product
 
 
@@ -58,8 +60,8 @@ class _LossesOfOneChunk(torch.autograd.Function):
             raise RuntimeError("the gradient of these losses was taken already; compute them again")
         d_logits_NV.mul_((gradients[0] / sums_N)[:, None])
         narrow_NV = d_logits_NV.scatter_add_(1, labels_N[:, None], -gradients[0][:, None]).to(hidden_NE.dtype)
-        d_output_VE = narrow_NV.T @ hidden_NE if ctx.needs_input_grad[1] else None
-        return narrow_NV @ output_VE, d_output_VE, None
+        d_output_VE = linear(narrow_NV.T, hidden_NE.T) if ctx.needs_input_grad[1] else None
+        return linear(narrow_NV, output_VE.T), d_output_VE, None
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -87,9 +89,9 @@ class _ChunkedLosses(torch.autograd.Function):
         for hidden_CE, labels_C, log_sum_C, gradient_C, d_hidden_CE in zip(*parts, strict=True):
             d_logits_CV = _gradient_of_chunk(hidden_CE, output_VE, labels_C, log_sum_C).mul_(gradient_C[:, None])
             narrow_CV = d_logits_CV.to(hidden_CE.dtype)
-            torch.mm(narrow_CV, output_VE, out=d_hidden_CE)
+            d_hidden_CE.copy_(linear(narrow_CV, output_VE.T))
             if d_output_VE is not None:
-                d_output_VE += narrow_CV.T @ hidden_CE
+                d_output_VE += linear(narrow_CV.T, hidden_CE.T)
             del d_logits_CV, narrow_CV  # or they would still be there while the next ones are made
         return d_hidden_NE, None if d_output_VE is None else d_output_VE.to(output_VE.dtype), None, None
 
@@ -114,5 +116,5 @@ def _gradient_of_chunk(hidden_CE: Tensor, output_VE: Tensor, labels_C: Tensor, l
 
 def _logits(hidden_NE: Tensor, output_VE: Tensor) -> Tensor:
     """[N, V] in fp32, or in fp64 if that is what comes in."""
-    logits_NV = hidden_NE @ output_VE.T
+    logits_NV = linear(hidden_NE, output_VE)
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

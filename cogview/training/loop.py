@@ -45,6 +45,7 @@ METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 STOP_NAME = "stop"
 Sharding = Literal["none", "full"]
+Prefetching = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,9 @@ class LoopConfig:
     ema_decay: above 0, the average of the weights with this decay is what is validated and published.
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
     keep_checkpoints: how many of the newest stay. is_checkpoint_async: checkpoints are written while training goes on,
-    from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before. is_prefetching: a batch is
-    made in a thread while the step before is computed, for tasks whose batch depends on the step alone.
+    from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before. prefetching: "on", a batch
+    is made in a thread while the step before is computed, for tasks whose batch depends on the step alone; "auto", only
+    where that is computed on a GPU: a CPU that trains has no core to spare.
     """
 
     num_steps: int
@@ -75,7 +77,7 @@ class LoopConfig:
     checkpoint_every: int = field(default=500, metadata={"role": "runtime"})
     keep_checkpoints: int = field(default=3, metadata={"role": "runtime"})
     is_checkpoint_async: bool = field(default=False, metadata={"role": "runtime"})
-    is_prefetching: bool = field(default=True, metadata={"role": "runtime"})
+    prefetching: Prefetching = field(default="auto", metadata={"role": "runtime"})
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -85,6 +87,8 @@ class LoopConfig:
             raise ConfigError(f"micro_batch_size={self.micro_batch_size}: choose 1 or more, or 0 for all rows at once")
         if self.sharding not in get_args(Sharding):
             raise ConfigError(f"sharding={self.sharding!r}: choose {', '.join(get_args(Sharding))}")
+        if self.prefetching not in get_args(Prefetching):
+            raise ConfigError(f"prefetching={self.prefetching!r}: choose {', '.join(get_args(Prefetching))}")
         if self.sharding != "none" and self.ema_decay:
             raise ConfigError(f"ema_decay={self.ema_decay}: an average of sharded weights is not kept; choose 0")
         if not 0 <= self.ema_decay < 1:
@@ -184,7 +188,7 @@ class _Loop:
         self.skipped, self.bad_steps = counts.get("skipped", 0), counts.get("bad_steps", 0)
         self.metrics = MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
         self.batches = Batches(
-            lambda step: task.batch(step, ranks), end=config.num_steps, is_ahead=config.is_prefetching
+            lambda step: task.batch(step, ranks), end=config.num_steps, is_ahead=self._is_prefetching()
         )
         self.sums: dict[str, Tensor] = {}
         self.speed = Speed(first_step=self.first_step, device=ranks.device, precision=config.precision)
@@ -243,6 +247,10 @@ class _Loop:
     def save(self, done: int) -> None:
         """Write a checkpoint, or begin to."""
         self.saver.save(done, counts={"skipped": self.skipped, "bad_steps": self.bad_steps})
+
+    def _is_prefetching(self) -> bool:
+        is_on_gpu = torch.device(self.ranks.device).type != "cpu"
+        return self.config.prefetching == "on" or (self.config.prefetching == "auto" and is_on_gpu)
 
     def _spread_weights(self) -> "MasterWeights | ShardedWeights":
         module, optimizer, precision = self.task.module, self.config.optimizer, self.config.precision

@@ -27,7 +27,7 @@ LOOP = LoopConfig(
     log_every=1,
     validate_every=5,
     checkpoint_every=3,
-    is_prefetching=False,  # tasks poison a step when they are asked for it
+    prefetching="off",  # tasks poison a step when they are asked for it
 )
 
 

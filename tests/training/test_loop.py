@@ -25,7 +25,7 @@ CONFIG = LoopConfig(
     validate_every=6,
     checkpoint_every=4,
     keep_checkpoints=2,
-    is_prefetching=False,  # tasks stop at a step
+    prefetching="off",  # tasks stop at a step
 )
 IDENTITY = {"digest": "abc"}
 
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_with_identical_losses(tmp_path: Path) -> None:
 
 
 def test_batches_made_ahead_change_nothing(tmp_path: Path) -> None:
-    ahead = replace(CONFIG, is_prefetching=True)
+    ahead = replace(CONFIG, prefetching="on")
     run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "ahead", RegressionTask(stop_before=10), config=ahead)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogview.models import products
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.lora import LoRAConfig, add_lora
 from cogview.models.pivots import SparseConfig
@@ -15,6 +16,12 @@ REGIONS = SparseConfig(num_pivots=8, block_size=4, window_blocks=2, num_image_id
 SMALL = GPTConfig(
     vocab_size=512, max_positions=LENGTH, num_layers=3, hidden_size=64, num_heads=4, dropout=0.0, attention="pb_relax"
 )
+
+
+@pytest.fixture(autouse=True)
+def _products_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows nothing of oneDNN's."""
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
 
 
 def counted(model: GPT) -> int:
