@@ -46,6 +46,9 @@ CHECKPOINTS_NAME = "checkpoints"
 STOP_NAME = "stop"
 Sharding = Literal["none", "full"]
 Prefetching = Literal["auto", "on", "off"]
+AT_ONCE = (
+    8  # batches on a CPU: after a step its cache holds nothing of the code that makes one, which takes thrice as long
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,8 @@ class LoopConfig:
     max_bad_steps: skipped steps in a row before DivergedError, but for those that only lower the loss scale;
     keep_checkpoints: how many of the newest stay. is_checkpoint_async: checkpoints are written while training goes on,
     from a copy in the CPU's memory; whoever is killed meanwhile goes on from the one before. prefetching: "on", a batch
-    is made in a thread while the step before is computed, for tasks whose batch depends on the step alone; "auto", only
-    where that is computed on a GPU: a CPU that trains has no core to spare.
+    is made in a thread while the step before is computed, for tasks whose batch depends on the step alone; "auto", the
+    same on a GPU, and several batches at once on a CPU, which has no core to spare.
     """
 
     num_steps: int
@@ -187,8 +190,12 @@ class _Loop:
         self.first_step, counts = self.saver.restore()
         self.skipped, self.bad_steps = counts.get("skipped", 0), counts.get("bad_steps", 0)
         self.metrics = MetricsFile(output / METRICS_NAME, first_step=self.first_step) if ranks.rank == 0 else None
+        is_on_cpu = torch.device(ranks.device).type == "cpu"
         self.batches = Batches(
-            lambda step: task.batch(step, ranks), end=config.num_steps, is_ahead=self._is_prefetching()
+            lambda step: task.batch(step, ranks),
+            end=config.num_steps,
+            is_ahead=config.prefetching == "on" or (config.prefetching == "auto" and not is_on_cpu),
+            at_once=AT_ONCE if config.prefetching == "auto" and is_on_cpu else 1,
         )
         self.sums: dict[str, Tensor] = {}
         self.speed = Speed(first_step=self.first_step, device=ranks.device, precision=config.precision)
@@ -247,10 +254,6 @@ class _Loop:
     def save(self, done: int) -> None:
         """Write a checkpoint, or begin to."""
         self.saver.save(done, counts={"skipped": self.skipped, "bad_steps": self.bad_steps})
-
-    def _is_prefetching(self) -> bool:
-        is_on_gpu = torch.device(self.ranks.device).type != "cpu"
-        return self.config.prefetching == "on" or (self.config.prefetching == "auto" and is_on_gpu)
 
     def _spread_weights(self) -> "MasterWeights | ShardedWeights":
         module, optimizer, precision = self.task.module, self.config.optimizer, self.config.precision

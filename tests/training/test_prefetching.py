@@ -31,6 +31,15 @@ def test_nothing_is_made_ahead_where_that_is_not_wanted() -> None:
         assert made == [0, 1]
 
 
+def test_some_are_made_at_once() -> None:
+    made: list[int] = []
+    with Batches(lambda step: made.append(step) or step, end=5, is_ahead=False, at_once=3) as batches:
+        assert batches.take(0) == 0
+        assert made == [0, 1, 2]
+        assert [batches.take(step) for step in range(1, 5)] == [1, 2, 3, 4]
+    assert made == [0, 1, 2, 3, 4]  # and none behind the end
+
+
 def test_an_error_is_raised_at_its_own_step() -> None:
     def make(step: int) -> int:
         if step == 1:
