@@ -185,7 +185,9 @@ class CheckpointWork:
         self._train(folder, Interrupted())
 
     def _train(self, folder: Path, task: Counting) -> None:
-        loop = LoopConfig(num_steps=STEPS, global_batch_size=2, checkpoint_every=EVERY, keep_checkpoints=KEPT)
+        loop = LoopConfig(
+            num_steps=STEPS, global_batch_size=2, checkpoint_every=EVERY, keep_checkpoints=KEPT, prefetching="off"
+        )
         train(task, config=loop, output=folder.parent, identity={}, ranks=Ranks())
 
     def check(self, folder: Path, *, right: Contents) -> Counter[str]:
