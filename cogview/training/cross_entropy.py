@@ -60,7 +60,7 @@ class _LossesOfOneChunk(torch.autograd.Function):
             raise RuntimeError("the gradient of these losses was taken already; compute them again")
         d_logits_NV.mul_((gradients[0] / sums_N)[:, None])
         narrow_NV = d_logits_NV.scatter_add_(1, labels_N[:, None], -gradients[0][:, None]).to(hidden_NE.dtype)
-        d_output_VE = linear(narrow_NV.T, hidden_NE.T) if ctx.needs_input_grad[1] else None
+        d_output_VE = narrow_NV.T @ hidden_NE if ctx.needs_input_grad[1] else None
         return linear(narrow_NV, output_VE.T), d_output_VE, None
 
 
@@ -91,7 +91,7 @@ class _ChunkedLosses(torch.autograd.Function):
             narrow_CV = d_logits_CV.to(hidden_CE.dtype)
             d_hidden_CE.copy_(linear(narrow_CV, output_VE.T))
             if d_output_VE is not None:
-                d_output_VE += linear(narrow_CV.T, hidden_CE.T)
+                d_output_VE += narrow_CV.T @ hidden_CE
             del d_logits_CV, narrow_CV  # or they would still be there while the next ones are made
         return d_hidden_NE, None if d_output_VE is None else d_output_VE.to(output_VE.dtype), None, None
 
