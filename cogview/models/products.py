@@ -37,14 +37,13 @@ def prefers_onednn() -> bool:
 
 def linear(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """What nn.functional.linear gives, differentiable once where it is oneDNN's."""
-    if not (
+    if torch.compiler.is_compiling() or not (
         prefers_onednn()
         and rows.dtype == weight_OI.dtype == torch.float32
         and rows.device.type == "cpu"
         and type(rows) in PLAIN
         and type(weight_OI) in PLAIN
         and rows.numel()
-        and not torch.compiler.is_compiling()
     ):
         return nn.functional.linear(rows, weight_OI, bias_O)
     if torch.is_grad_enabled():
