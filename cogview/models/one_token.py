@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cogview.models.norms import LayerNorm
-from cogview.models.products import Linear, onednn_linear, packed, prefers_onednn
+from cogview.models.products import Linear, onednn_linear, packed, takes_onednn
 
 Affine = tuple[Tensor, Tensor]  # weight [out, in] and bias
 Layer = tuple[Any, ...]  # norms and affines in the order of their use
@@ -42,10 +41,8 @@ class Steps:
         ]
         weights = [part[0] for layer in self._layers for part in layer if isinstance(part, tuple)]
         self._has_room = sum(weight.nbytes for weight in weights) <= COPIED_BYTES
-        self._is_onednn = prefers_onednn() and all(
-            weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights
-        )
-        self._copies: tuple[int, Sequence[Layer]] | None = None  # for so many rows
+        self._is_onednn = all(map(takes_onednn, weights))
+        self._copies: tuple[int | None, Sequence[Layer]] | None = None  # for so many rows, or None: for any number
 
     def __call__(
         self, hidden_BE: Tensor, *, caches: Sequence[tuple[Tensor, ...]], filled: int, allowed: Tensor | None
@@ -84,21 +81,19 @@ class Steps:
             return self._copied(partial(packed, rows=rows), rows=rows), onednn_linear
         if hidden_BE.device.type != "cpu" or rows not in COPIED_BATCHES:
             return self._layers, nn.functional.linear
-        return self._copied(_transposed, rows=COPIED_BATCHES.start), nn.functional.linear
+        return self._copied(_transposed, rows=None), nn.functional.linear
 
-    def _copied(self, copy: Callable[[Tensor], Tensor], *, rows: int) -> Sequence[Layer]:
+    def _copied(self, copy: Callable[[Tensor], Tensor], *, rows: int | None) -> Sequence[Layer]:
         """The layers with copies of their weights; those of another number of rows are given up."""
         if not self._has_room:
             return self._layers
         if self._copies is None or self._copies[0] != rows:
             self._copies = None
-            self._copies = (
-                rows,
-                [
-                    tuple((copy(part[0]), part[1]) if isinstance(part, tuple) else part for part in layer)
-                    for layer in self._layers
-                ],
-            )
+            copies = [
+                tuple((copy(part[0]), part[1]) if isinstance(part, tuple) else part for part in layer)
+                for layer in self._layers
+            ]
+            self._copies = rows, copies
         return self._copies[1]
 
 

@@ -35,14 +35,23 @@ def prefers_onednn() -> bool:
     return any(vendor in words for vendor in OTHER_VENDORS)
 
 
+def takes_onednn(weight_OI: Tensor) -> bool:
+    """Whether products with this weight are oneDNN's."""
+    return (
+        prefers_onednn()
+        and weight_OI.dtype == torch.float32
+        and weight_OI.device.type == "cpu"
+        and type(weight_OI) in PLAIN
+    )
+
+
 def linear(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """What nn.functional.linear gives, differentiable once where it is oneDNN's."""
     if torch.compiler.is_compiling() or not (
-        prefers_onednn()
-        and rows.dtype == weight_OI.dtype == torch.float32
-        and rows.device.type == "cpu"
+        takes_onednn(weight_OI)
+        and rows.dtype == weight_OI.dtype
+        and rows.device == weight_OI.device
         and type(rows) in PLAIN
-        and type(weight_OI) in PLAIN
         and rows.numel()
     ):
         return nn.functional.linear(rows, weight_OI, bias_O)

@@ -46,9 +46,8 @@ CHECKPOINTS_NAME = "checkpoints"
 STOP_NAME = "stop"
 Sharding = Literal["none", "full"]
 Prefetching = Literal["auto", "on", "off"]
-AT_ONCE = (
-    8  # batches on a CPU: after a step its cache holds nothing of the code that makes one, which takes thrice as long
-)
+# Batches on a CPU: after a step its cache holds nothing of the code that makes one, which then takes thrice as long.
+AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogview.errors import ConfigError
-from cogview.models import one_token, products
+from cogview.models import products
 from cogview.models.gpt import GPT, Block, GPTConfig
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig, choose, uniform_draws
@@ -22,8 +22,7 @@ def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Weights are copied in one way where products are oneDNN's, and in another where they are torch's."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    for module in (products, one_token):
-        monkeypatch.setattr(module, "prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
 
 
 @pytest.fixture(scope="module")
