@@ -61,6 +61,7 @@ class Config:
     asks for two shapes; num_validation_prompts: captions from the held-out rows of `tokens`.
     sampling, and scene_sampling for the scenes: a scene has few right pictures, other captions have many.
     seed: of the whole run; each picture gets a seed of its own from it. batch_size, device, threads: the machine;
+    is_recorded: on a GPU, the step by one token as one command (CUDA graphs), for batches too small to fill it.
     workers: on Ray, 1 for none (0: Ray from 2,000 pictures, one for each CPU); shard_size: pictures of a unit of work.
     """
 
@@ -85,6 +86,7 @@ class Config:
     batch_size: int = runtime_field(8)
     device: str = runtime_field("cpu")
     threads: int = runtime_field(2)
+    is_recorded: bool = runtime_field(False)
     workers: int = runtime_field(0)
     shard_size: int = runtime_field(200)
 
@@ -184,6 +186,7 @@ def draw_shard(config: Config, *, run: JobRun) -> DrawShard:
         batch_size=config.batch_size,
         device=config.device,
         threads=config.threads,
+        is_recorded=config.is_recorded,
     )
 
 

@@ -180,6 +180,7 @@ def draw_shard(config: Config, *, run: JobRun) -> DrawShard:
         batch_size=config.batch_size,
         device=config.device,
         threads=config.threads,
+        is_recorded=False,
     )
 
 

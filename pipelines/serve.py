@@ -55,7 +55,8 @@ class Config:
     sampling: of a request that does not say; magnify_sampling: of super-resolution; filling, hierarchical: of
     completion and its stages. max_candidates: of one request;
     max_prompt: characters. batch_size: pictures drawn at once, from several requests; max_waiting: requests in the
-    queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the machine.
+    queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the machine;
+    is_recorded: as in generate.
     """
 
     checkpoint: Path | None = input_field(default=None)
@@ -79,6 +80,7 @@ class Config:
     timeout: float = 120.0
     device: str = "cpu"
     threads: int = 2
+    is_recorded: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "max_candidates", "max_prompt", "batch_size", "max_waiting", "threads")
@@ -129,8 +131,11 @@ def load_studio(config: Config, *, root: Path) -> Studio:
     """
     folders = given_folders(config, SOURCES)
     tokenizers = {name: folders[name] for name in ("text_tokenizer", "image_tokenizer")}
+    painter = TextToImage.load(**folders, device=config.device)
+    if config.is_recorded:
+        painter.model.record_steps()
     return Studio(
-        painter=TextToImage.load(**folders, device=config.device),
+        painter=painter,
         captioner=_skill("captioner", Captioner.load, tokenizers, config=config, root=root),
         magnifier=_skill("magnifier", Magnifier.load, tokenizers, config=config, root=root),
         magnify_sampling=config.magnify_sampling,

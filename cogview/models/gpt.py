@@ -21,6 +21,7 @@ from cogview.models.norms import LayerNorm
 from cogview.models.one_token import Steps, can_step
 from cogview.models.pivots import Pivots, SparseConfig, draw_pivots, inference_mask, needed_keys
 from cogview.models.products import Linear, linear
+from cogview.models.recorded_steps import RecordedSteps
 
 AttentionKind = Literal["fused", "pb_relax", "plain", "sparse"]
 Regions = Callable[[int], Tensor | Pivots | None]  # layer -> mask, pivots, or None: causal
@@ -78,6 +79,7 @@ class KeyValueCache:
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.of_layers = [tuple(layer.unbind(0)) for layer in self.storage.unbind(0)]  # views: keys and values
         self.steps: Steps | None = None  # the layers taken apart, at the first step by one token
+        self.recorded: RecordedSteps | None = None  # the same as one command, if the model is told to record
         self.allowed_BK = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.ids_BK = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self.is_padded = True
@@ -227,6 +229,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.is_recorded = False  # see `record_steps`
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = Transformer(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -275,6 +278,14 @@ class GPT(nn.Module):
         for layer in self.transformer.layers:
             layer.compile()
 
+    def record_steps(self) -> None:
+        """Record the steps by one token as CUDA graphs, which a GPU replays without waiting for Python.
+
+        For weights that stay: a recording reads them where they lie. Attention in one of the written-out forms, or
+        sparse in evaluation, is not recorded.
+        """
+        self.is_recorded = True
+
     def _steps(self, cache: KeyValueCache) -> bool:
         """Whether a step by one token may take the short way, which leads through torch's kernel alone."""
         is_sparse = self.config.attention == "sparse" and self.config.sparse.in_evaluation
@@ -294,7 +305,11 @@ class GPT(nn.Module):
         end = cache.end(1)
         if allowed is None and not cache.sees_all(1):
             allowed = cache.attention_mask(1)
-        hidden_BE = cache.steps(hidden_B1E[:, 0], caches=cache.of_layers, filled=cache.filled, allowed=allowed)
+        if self.is_recorded:
+            cache.recorded = cache.recorded or RecordedSteps(cache.steps, caches=cache.of_layers)
+            hidden_BE = cache.recorded(hidden_B1E[:, 0], filled=cache.filled, allowed=allowed)
+        else:
+            hidden_BE = cache.steps(hidden_B1E[:, 0], caches=cache.of_layers, filled=cache.filled, allowed=allowed)
         cache.filled = end
         normed: Tensor = self.transformer.final_layernorm(hidden_BE)
         return normed[:, None]

@@ -20,6 +20,7 @@ from cogview.models.products import Linear, onednn_linear, packed, takes_onednn
 Affine = tuple[Tensor, Tensor]  # weight [out, in] and bias
 Layer = tuple[Any, ...]  # norms and affines in the order of their use
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows with a weight, and the bias added
+Store = Callable[[Tensor, Tensor], Tensor]  # keeps the new [B, H, D] among [B, H, K, D], and gives those to look at
 # On a CPU, products of some rows with weights that lie transposed take up to twice as long as with copies that do not
 # (2 cores, 6 layers of 384: 6.7 ms against 4.3 with 8 rows, 13 against 5.7 with 16, no difference with 1 or 60).
 COPIED_BATCHES = range(3, 49)
@@ -51,6 +52,17 @@ class Steps:
 
         caches: keys and values [B, H, K, D] of each layer, written at position `filled`; allowed: bool [B, 1, 1, K].
         """
+
+        def store(kept_BHKD: Tensor, new_BHD: Tensor) -> Tensor:
+            kept_BHKD.select(2, filled).copy_(new_BHD)
+            return kept_BHKD.narrow(2, 0, filled + 1)
+
+        return self.through(hidden_BE, caches=caches, store=store, allowed=allowed)
+
+    def through(
+        self, hidden_BE: Tensor, *, caches: Sequence[tuple[Tensor, ...]], store: Store, allowed: Tensor | None
+    ) -> Tensor:
+        """The same for any way to keep keys and values."""
         batch, width = hidden_BE.shape
         scale = math.sqrt(width // self.num_heads)
         layers, product = self._layers_for(hidden_BE)
@@ -59,12 +71,10 @@ class Steps:
         ):
             mixed_BE = product(normed(hidden_BE, before), *qkv)
             q_BHD, k_BHD, v_BHD = mixed_BE.view(batch, 3, self.num_heads, -1).unbind(1)
-            keys.select(2, filled).copy_(k_BHD)
-            values.select(2, filled).copy_(v_BHD)
             attended_BH1D = nn.functional.scaled_dot_product_attention(
                 (q_BHD / scale).unsqueeze(2),
-                keys.narrow(2, 0, filled + 1),
-                values.narrow(2, 0, filled + 1),
+                store(keys, k_BHD),
+                store(values, v_BHD),
                 attn_mask=allowed,
                 scale=1.0,
             )

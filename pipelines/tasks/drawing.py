@@ -86,7 +86,8 @@ class Order:
 class DrawShard:
     """The work on one shard; workers get it pickled, and load the weights once per process.
 
-    contrast: of the pictures, 1 leaves them as the tokenizer decodes them; checkpoint_digest: goes into the table.
+    contrast: of the pictures, 1 leaves them as the tokenizer decodes them; checkpoint_digest: goes into the table;
+    is_recorded: see `GPT.record_steps`.
     """
 
     checkpoint: Path
@@ -101,6 +102,7 @@ class DrawShard:
     batch_size: int
     device: str
     threads: int
+    is_recorded: bool
 
     def __call__(self, task: ShardTask, progress: Progress | None = None) -> ShardEntry:
         """Draw the shard's orders, write their pictures and their table, and return its entry."""
@@ -119,7 +121,12 @@ class DrawShard:
 
     def load(self) -> tuple[TextToImage, Captioner | None]:
         """The painter and, if there is one, the captioner. VocabularyError if tokenizers are not those of training."""
-        return _load(self.checkpoint, self.captioner, self.text_tokenizer, self.image_tokenizer, self.device)
+        painter, captioner = _load(
+            self.checkpoint, self.captioner, self.text_tokenizer, self.image_tokenizer, self.device
+        )
+        if self.is_recorded:
+            painter.model.record_steps()
+        return painter, captioner
 
     def _batches(self, orders: Sequence[Order]) -> Iterator[tuple[SamplingConfig, Sequence[Order]]]:
         """The orders in their order, in batches that are drawn alike."""
