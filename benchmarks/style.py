@@ -68,7 +68,8 @@ class Sizes:
 
     side: int = 48
     widths: tuple[str, ...] = ("32", "96")
-    pretraining_steps: int = 1500
+    tokenizer_steps: int = 3000
+    pretraining_steps: int = 2500
     finetuning_steps: int = 200
     temperature: float = 0.8
 
@@ -79,6 +80,7 @@ class Sizes:
             *("--data", str(PICTURES), "--caption-columns", "captions", "--until", "pretrain"),
             *("--import-pairs.image.image-size", side, "--tokenize-pairs.image-size", side),
             *("--train-image-tokenizer.image-size", side, "--train-image-tokenizer.model.widths", *self.widths),
+            *("--train-image-tokenizer.loop.num-steps", str(self.tokenizer_steps)),
             *("--pretrain.loop.num-steps", str(self.pretraining_steps)),
         )
 
@@ -323,7 +325,7 @@ def main() -> int:
     parser, default = argument_parser(__doc__), Sizes()
     parser.add_argument("--side", type=int, default=default.side, help="pixels of a picture (default: %(default)s)")
     parser.add_argument("--widths", nargs="+", default=default.widths, help="of the image tokenizer, a halving each")
-    for name in ("pretraining_steps", "finetuning_steps"):
+    for name in ("tokenizer_steps", "pretraining_steps", "finetuning_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     parser.add_argument("--temperature", type=float, default=default.temperature)
     flags = vars(parser.parse_args())
