@@ -4,17 +4,20 @@ Command: make verify NAME=coglm [ARGS="--scenes 400 --root runs/coglm_smoke"]; u
 A CogLM is trained by the smoke preset (or found finished). It draws held-out scenes from captions in both languages,
 and writes captions in both for pictures of such scenes; readers that know the corpus say what is right. To complete, it
 is given a picture in which a box hides a shape, and a caption that asks for another kind and colour in its place: what
-is visible cannot tell the answer, so what is drawn into the box must come from the text. Beside it stands how well the
-same captions are drawn from nothing, which completion can hardly beat.
+is visible cannot tell the answer, so what is drawn into the box must come from the text. The captions are of scenes
+that the corpus would have next; the same of held-out combinations, which ask it to compose besides, stands beside them,
+and so does how well the same captions are drawn from nothing, which completion can hardly beat.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.captioning import judge as judge_captions
@@ -28,8 +31,10 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
-from cogview.scenes.scene import COLOURS, KINDS, RADIUS, Prompt, Scene, draw_scene, held_out_prompts
+from cogview.scenes.reading import read_scene
+from cogview.scenes.scene import COLOURS, KINDS, RADIUS, Prompt, Scene, Shape, corpus, draw_scene, held_out_prompts
 from pipelines.runtime.chain import latest_output
+from pipelines.scrape_pairs import PRESETS
 
 BARS = (
     Bar(figure="drawing/attributes right", op=">=", value=0.85),
@@ -93,20 +98,37 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
     figures |= {"captions/attributes right": named["mean"].value}
     figures |= {f"captions/{name}": named[name].value for name in ("shape", "colour", "size", "background", "position")}
     figures |= {f"captions/{language}": score_attributes(judged[language])["mean"].value for language in LANGUAGES}
-    some = holes(scenes, grid=coglm.layout.grid, seed=seed + 2)
-    figures |= {f"completion/{name}": value for name, value in completion_figures(fill(coglm, some), some).items()}
-    say(f"completion: {figures['completion/colour and shape right']:.1%} right in colour and shape")
-    whole = fill(coglm, [replace(hole, hidden=torch.ones_like(hole.hidden)) for hole in some])
-    figures |= {f"the same drawn whole/{name}": value for name, value in completion_figures(whole, some).items()}
+    held_out = held_out_prompts(8 * scenes, seed=seed + 2, two_shape_share=TWO_SHAPE_SHARE)
+    for name, prompts in (("completion", new_prompts(4 * scenes)), ("completion, held out", held_out)):
+        some = list(itertools.islice(holes(prompts, grid=coglm.layout.grid), scenes))
+        filled = completion_figures(fill(coglm, some), some)
+        say(f"{name}: {filled['colour and shape right']:.1%} right in colour and shape")
+        whole = fill(coglm, [replace(hole, hidden=torch.ones_like(hole.hidden)) for hole in some])
+        figures |= {f"{name}/{key}": value for key, value in filled.items()}
+        figures |= {f"{name}, drawn whole/{key}": value for key, value in completion_figures(whole, some).items()}
     return figures
 
 
-def completion_figures(filled: Sequence[JudgedPicture], some: Sequence[Hole]) -> dict[str, float]:
-    """How many pictures are right in the kind and colour of all that they show, and in each."""
-    both = [one.marks["colour"] == one.marks["shape"] == 1 for one in filled]
-    single = [is_right for is_right, hole in zip(both, some, strict=True) if len(hole.asked.shapes) == 1]
-    figures = {"colour and shape right": sum(both) / len(both), "of one shape": sum(single) / max(1, len(single))}
-    return figures | {name: sum(one.marks[name] for one in filled) / len(filled) for name in ("shape", "colour")}
+def completion_figures(filled: Sequence[Image.Image], some: Sequence[Hole]) -> dict[str, float]:
+    """How many pictures show the kind and colour that were asked for where the box was, and in everything they show."""
+    asked = [hole.asked.shapes[0] for hole in some]
+    found = [shape_near(read_scene(picture), one.centre) for picture, one in zip(filled, asked, strict=True)]
+    pairs = [(one, there) for one, there in zip(asked, found, strict=True) if there is not None]
+    everything = [judge(picture, expected=hole.asked).marks for picture, hole in zip(filled, some, strict=True)]
+    right = {
+        "colour and shape right": [(one.kind, one.colour) == (there.kind, there.colour) for one, there in pairs],
+        "shape": [one.kind == there.kind for one, there in pairs],
+        "colour": [one.colour == there.colour for one, there in pairs],
+        "all shapes right": [marks["colour"] == marks["shape"] == 1 for marks in everything],
+    }
+    return {name: sum(answers) / len(some) for name, answers in right.items()}
+
+
+def shape_near(scene: Scene, centre: tuple[float, float]) -> Shape | None:
+    """The shape whose centre is nearest to this one; None if there is none within a small shape's radius."""
+    apart = {math.dist(shape.centre, centre): shape for shape in scene.shapes}
+    nearest = min(apart, default=math.inf)
+    return apart[nearest] if nearest <= RADIUS["small"] else None
 
 
 def draw(coglm: CogLM, prompts: Sequence[Prompt]) -> list[JudgedPicture]:
@@ -131,9 +153,9 @@ def write(coglm: CogLM, prompts: Sequence[Prompt], language: Language) -> list[s
     return texts
 
 
-def fill(coglm: CogLM, some: Sequence[Hole]) -> list[JudgedPicture]:
-    """What each hole is filled with, read back."""
-    judged = []
+def fill(coglm: CogLM, some: Sequence[Hole]) -> list[Image.Image]:
+    """The pictures with their holes filled."""
+    filled: list[Image.Image] = []
     for start in range(0, len(some), BATCH):
         batch = some[start : start + BATCH]
         codes_Bhw = coglm.fill(
@@ -143,34 +165,39 @@ def fill(coglm: CogLM, some: Sequence[Hole]) -> list[JudgedPicture]:
             seeds=range(start, start + len(batch)),
             sampling=SAMPLING,
         )
-        pictures = to_pictures(coglm.decode(codes_Bhw))
-        judged += [judge(picture, expected=hole.asked) for picture, hole in zip(pictures, batch, strict=True)]
-    return judged
+        filled += to_pictures(coglm.decode(codes_Bhw))
+    return filled
 
 
-def holes(number: int, *, grid: int, seed: int) -> list[Hole]:
-    """Pictures with a small shape under a box, asked to show a held-out one of another kind and colour in its place.
+def new_prompts(number: int) -> Iterator[Prompt]:
+    """Scenes that the demo's corpus would have next, each unlike all before, with English and Chinese in turn."""
+    demo = PRESETS["smoke"].demo
+    assert demo is not None
+    longer = corpus(demo.seed, demo.num_scenes + number, two_shape_share=demo.two_shape_share)
+    for place, found in enumerate(itertools.islice(longer, demo.num_scenes, None)):
+        is_english = place % 2 == 0
+        yield Prompt(found.scene, found.english if is_english else found.chinese, "en" if is_english else "zh")
+
+
+def holes(prompts: Iterable[Prompt], *, grid: int) -> Iterator[Hole]:
+    """Pictures with a small shape under a box, asked to show another kind in another colour in its place.
 
     A large shape touches nearly every code: with it hidden there would be no picture left to complete. Scenes of two
-    have small ones only, and so are a third of the pictures; the second stays visible, as far as the box leaves it.
+    have small ones only, and so are more frequent than in the corpus; the second stays visible, as far as the box
+    leaves it.
     """
-    prompts = held_out_prompts(8 * number, seed=seed, two_shape_share=TWO_SHAPE_SHARE)
-    small = [prompt for prompt in prompts if prompt.scene.shapes[0].size == "small"][:number]
-    found = []
+    small = (prompt for prompt in prompts if prompt.scene.shapes[0].size == "small")
     for place, prompt in enumerate(small):
         shape, *others = prompt.scene.shapes
         kinds = [kind for kind in KINDS if kind not in {one.kind for one in prompt.scene.shapes}]
         colours = [colour for colour in COLOURS if colour not in {one.colour for one in prompt.scene.shapes}]
         there = replace(shape, kind=kinds[place % len(kinds)], colour=colours[place % len(colours)])
-        found.append(
-            Hole(
-                picture=replace(prompt.scene, shapes=(there, *others)),
-                hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=grid),
-                asked=prompt.scene,
-                caption=prompt.caption,
-            )
+        yield Hole(
+            picture=replace(prompt.scene, shapes=(there, *others)),
+            hidden=box_around(shape.centre, reach=REACH * RADIUS[shape.size], grid=grid),
+            asked=prompt.scene,
+            caption=prompt.caption,
         )
-    return found
 
 
 def box_around(centre: tuple[float, float], *, reach: float, grid: int) -> Tensor:

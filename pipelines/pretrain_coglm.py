@@ -87,13 +87,13 @@ SMOKE = replace(
     image_position=0,
     tasks=CogLMTasks(
         understanding_share=0.15,  # with captions in two languages each
-        completion_share=0.35,  # beyond the release: so that a hole is filled from the text,
+        completion_share=0.55,  # beyond the release: so that a hole is filled from the text,
         box_shares=(0.375, 0.875),  # large enough to hide a whole shape: what is left of one would tell the answer
         patch_side=2,  # of 8 x 8 codes, about what 4 is of 20 x 20
     ),
     text_loss_weight=2.0,  # one row in five has captions
     loop=LoopConfig(
-        num_steps=4500,
+        num_steps=9000,
         global_batch_size=16,
         optimizer=OptimizerConfig(learning_rate=8e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
