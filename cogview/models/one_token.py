@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from cogview.models.norms import LayerNorm
-from cogview.models.products import Linear, onednn_linear, packed, takes_onednn
+from cogview.models.products import Linear, linear_gelu, onednn_gelu, onednn_linear, packed, takes_onednn
 
 Affine = tuple[Tensor, Tensor]  # weight [out, in] and bias
 Layer = tuple[Any, ...]  # norms and affines in the order of their use
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows with a weight, and the bias added
 Store = Callable[[Tensor, Tensor], Tensor]  # keeps the new [B, H, D] among [B, H, K, D], and gives those to look at
 # On a CPU, products of some rows with weights that lie transposed take up to twice as long as with copies that do not
 # (2 cores, 6 layers of 384: 6.7 ms against 4.3 with 8 rows, 13 against 5.7 with 16, no difference with 1 or 60).
@@ -65,7 +64,8 @@ class Steps:
         """The same for any way to keep keys and values."""
         batch, width = hidden_BE.shape
         scale = math.sqrt(width // self.num_heads)
-        layers, product = self._layers_for(hidden_BE)
+        layers = self._layers_for(hidden_BE)
+        product, product_gelu = (onednn_linear, onednn_gelu) if self._is_onednn else (nn.functional.linear, linear_gelu)
         for (before, qkv, dense, behind, between, wide, narrow, last), (keys, values) in zip(
             layers, caches, strict=True
         ):
@@ -80,18 +80,18 @@ class Steps:
             )
             merged_BE = product(attended_BH1D.reshape(batch, width), *dense)
             hidden_BE = hidden_BE + normed(merged_BE, behind)
-            wide_BE = nn.functional.gelu(product(normed(hidden_BE, between), *wide), approximate="tanh")
+            wide_BE = product_gelu(normed(hidden_BE, between), *wide)
             hidden_BE = hidden_BE + normed(product(wide_BE, *narrow), last)
         return hidden_BE
 
-    def _layers_for(self, hidden_BE: Tensor) -> tuple[Sequence[Layer], Product]:
-        """The layers with their weights as they are multiplied fastest, and by what."""
+    def _layers_for(self, hidden_BE: Tensor) -> Sequence[Layer]:
+        """The layers with their weights as they are multiplied fastest."""
         rows = len(hidden_BE)
         if self._is_onednn:
-            return self._copied(partial(packed, rows=rows), rows=rows), onednn_linear
+            return self._copied(partial(packed, rows=rows), rows=rows)
         if hidden_BE.device.type != "cpu" or rows not in COPIED_BATCHES:
-            return self._layers, nn.functional.linear
-        return self._copied(_transposed, rows=None), nn.functional.linear
+            return self._layers
+        return self._copied(_transposed, rows=None)
 
     def _copied(self, copy: Callable[[Tensor], Tensor], *, rows: int | None) -> Sequence[Layer]:
         """The layers with copies of their weights; those of another number of rows are given up."""

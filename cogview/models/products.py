@@ -66,6 +66,19 @@ def onednn_linear(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Ten
     return found
 
 
+def onednn_gelu(rows_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """GELU's tanh form of that product; in the same pass but for a single row, for which oneDNN's pass is slower."""
+    if len(rows_BI) == 1:
+        return nn.functional.gelu(onednn_linear(rows_BI, weight_OI, bias_O), approximate="tanh")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows_BI, weight_OI, bias_O, "gelu", [], "tanh")
+    return found
+
+
+def linear_gelu(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The same by torch's own product."""
+    return nn.functional.gelu(nn.functional.linear(rows, weight_OI, bias_O), approximate="tanh")
+
+
 def packed(weight_OI: Tensor, *, rows: int) -> Tensor:
     """A copy of a weight that lies as oneDNN reads it fastest for so many rows."""
     copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
