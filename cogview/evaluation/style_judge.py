@@ -1,14 +1,10 @@
 """A small classifier of styles: names the style that a picture shows, to judge pictures that a model drew.
 
 In: real pictures with their styles. Out: a net that names the style of any picture of that size. It is trained on real
-pictures alone, and says on held-out ones how far it can be believed. Some of them it sees softer, or with noise: an
-image tokenizer makes pictures soft, and a net that has seen none of that goes by what is lost first. (Of emoji of 48
-pixels, softened by 0.7 pixels, it names 82 instead of 51 % right, and of sharp ones 85 instead of 88 %.)
+pictures alone, and says on held-out ones how far it can be believed.
 """
 
 # B batch, C channels, H height, W width, S styles
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +13,6 @@ WIDTHS = (24, 48, 96)
 MEAN, SCALE = 0.8, 0.3  # roughly those of pictures on white; batch norm does the rest
 BATCH = 64
 LEARNING_RATE = 5e-3
-SOFTEST = 1.2  # standard deviation of the filter in pixels; one batch in seven is left as it is
-NOISIEST = 0.03  # of the range of a pixel
 
 
 class StyleJudge(nn.Module):
@@ -62,28 +56,9 @@ def train_judge(images_BCHW: Tensor, styles_B: Tensor, *, num_styles: int, epoch
         batch_BCHW = images_BCHW[chosen]
         mirrored = torch.rand(len(batch_BCHW), generator=generator) < 0.5
         batch_BCHW = torch.where(mirrored[:, None, None, None], batch_BCHW.flip(3), batch_BCHW)
-        softness, noise = torch.rand(2, generator=generator).tolist()
-        batch_BCHW = softened(batch_BCHW, sigma=SOFTEST * (7 * softness - 1) / 6)
-        batch_BCHW = batch_BCHW + NOISIEST * noise * torch.randn(batch_BCHW.shape, generator=generator)
         loss = nn.functional.cross_entropy(judge(batch_BCHW), styles_B[chosen])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return judge.eval()
-
-
-def softened(images_BCHW: Tensor, *, sigma: float) -> Tensor:
-    """Pictures under a Gaussian filter with this standard deviation in pixels; 0 or less leaves them."""
-    if sigma <= 0:
-        return images_BCHW
-    reach = math.ceil(3 * sigma)
-    weights_K = torch.exp(-((torch.arange(-reach, reach + 1) / sigma) ** 2) / 2)
-    weights_K = weights_K / weights_K.sum()
-    channels = images_BCHW.shape[1]
-    for shape in ((1, 1, 1, -1), (1, 1, -1, 1)):
-        kernel = weights_K.view(shape).expand(channels, -1, -1, -1)
-        along = (reach, reach, 0, 0) if shape[3] == -1 else (0, 0, reach, reach)
-        padded = nn.functional.pad(images_BCHW, along, mode="replicate")
-        images_BCHW = nn.functional.conv2d(padded, kernel, groups=channels)
-    return images_BCHW
