@@ -113,15 +113,19 @@ def completion_figures(filled: Sequence[Image.Image], some: Sequence[Hole]) -> d
     """How many pictures show the kind and colour that were asked for where the box was, and in everything they show."""
     asked = [hole.asked.shapes[0] for hole in some]
     found = [shape_near(read_scene(picture), one.centre) for picture, one in zip(filled, asked, strict=True)]
-    pairs = [(one, there) for one, there in zip(asked, found, strict=True) if there is not None]
+    pairs = list(zip(asked, found, strict=True))
+    is_right = [there is not None and (one.kind, one.colour) == (there.kind, there.colour) for one, there in pairs]
     everything = [judge(picture, expected=hole.asked).marks for picture, hole in zip(filled, some, strict=True)]
-    right = {
-        "colour and shape right": [(one.kind, one.colour) == (there.kind, there.colour) for one, there in pairs],
-        "shape": [one.kind == there.kind for one, there in pairs],
-        "colour": [one.colour == there.colour for one, there in pairs],
+    answers = {
+        "colour and shape right": is_right,
+        "shape": [there is not None and one.kind == there.kind for one, there in pairs],
+        "colour": [there is not None and one.colour == there.colour for one, there in pairs],
         "all shapes right": [marks["colour"] == marks["shape"] == 1 for marks in everything],
     }
-    return {name: sum(answers) / len(some) for name, answers in right.items()}
+    for count, name in ((1, "one shape"), (2, "two shapes")):
+        of_them = [right for right, hole in zip(is_right, some, strict=True) if len(hole.asked.shapes) == count]
+        answers |= {f"colour and shape right, {name}": of_them} if of_them else {}
+    return {name: sum(right) / len(right) for name, right in answers.items()}
 
 
 def shape_near(scene: Scene, centre: tuple[float, float]) -> Shape | None:

@@ -52,4 +52,5 @@ def test_what_is_right_is_what_stands_where_the_box_was() -> None:
     wrong_elsewhere = replace(two.asked, shapes=(first, replace(second, kind=first.kind)))
     scenes = [two.asked, two.picture, wrong_elsewhere, replace(two.asked, shapes=(second,))]
     figures = completion_figures([draw_scene(one, image_size=SIDE) for one in scenes], [two] * 4)
-    assert figures == {"colour and shape right": 0.5, "shape": 0.5, "colour": 0.5, "all shapes right": 0.25}
+    shares = {"colour and shape right": 0.5, "shape": 0.5, "colour": 0.5, "all shapes right": 0.25}
+    assert figures == {**shares, "colour and shape right, two shapes": 0.5}
