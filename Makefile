@@ -20,7 +20,7 @@ LOCK       := .venv-lock
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
 # Byte code is written when a module is first imported: compiling all of it beforehand takes half a minute longer.
 INSTALL     := -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS   = $(filter-out __init__ browser captioner chains counting harness photo_server processes rivals,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS   = $(filter-out __init__ browser captioner chains counting harness pages photo_server processes rivals stand_ins tiny_clip,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 # The value of a variable as one word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(value $(1)))'
