@@ -29,7 +29,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ PHOTOS = "make pretrain DATA=/data/photos"
 ROADS = r"make (pretrain|reproduce)( |$)|python -m pipelines road "
 CAPTIONER = "make finetune-captioning"
 LOOPBACK_SITE = f"--fetch.policy.resolve {HOST}:80 {LOOPBACK}:{{web}}"
-SHORT_ROAD = "--train-image-tokenizer.loop.num-steps 20 --pretrain.loop.num-steps 20"
+SHORT_ROAD = (
+    "--train-image-tokenizer.loop.num-steps 20 --train-image-tokenizer.num-workers 1"
+    " --pretrain.loop.num-steps 20 --pretrain.num-workers 1"
+)
 FEW_STEPS = "--loop.num-steps 20"
 SHORT_REPRODUCTION = (
     "--compare-image-tokenizers.loop.num-steps 20 --stress-stability.num-steps 5"
@@ -204,14 +207,18 @@ class Room:
 
     def __init__(self, folder: Path, *, web_port: int) -> None:
         self.checkout, self.inputs, self.logs = folder / "checkout", folder / "inputs", folder / "logs"
-        self.outcomes: dict[str, Outcome] = {}
+        self._kept = folder / "outcomes.json"  # by which an interrupted call goes on
+        self.outcomes = (
+            {row["command"]: Outcome(**row) for row in read_json(self._kept)} if self._kept.is_file() else {}
+        )
+        self.outcomes = {command: outcome for command, outcome in self.outcomes.items() if not outcome.error}
+        self.kept = frozenset(self.outcomes)
         self._watch = ProcessWatch(environment_of(folder / "home", bin_folder=self.checkout / ".venv" / "bin"))
         self._web_port = web_port
         self._road = ""  # the command whose chain ran last
         self.processes_left = 0
         self.logs.mkdir(parents=True, exist_ok=True)
-        if not self.checkout.is_dir():
-            copy_checkout(self.checkout)
+        copy_checkout(self.checkout)
         if not self.inputs.is_dir():
             say("making stand-ins")
             write_inputs(self.inputs)
@@ -225,6 +232,7 @@ class Room:
         outcome = self._run(command, rule=rule)
         if outcome.error or command not in self.outcomes:
             self.outcomes[command] = outcome
+            self._kept.write_text(json.dumps([asdict(one) for one in self.outcomes.values()], ensure_ascii=False))
         if re.match(ROADS, command):
             self._road = command
         if command == DEMO and not outcome.error and not (self.inputs / "own").exists():
@@ -277,10 +285,11 @@ class Room:
         error = "no page within its time"
         deadline = time.monotonic() + PATIENCE_S
         while process.poll() is None and time.monotonic() < deadline:
-            if found := ADDRESS.search(log.read_text(errors="replace")):
-                error = "" if page_status(found[0]) == 200 else "its page is not there"
-                if "human-evaluation" in words and not error:
+            found = ADDRESS.search(log.read_text(errors="replace"))
+            if found and page_status(found[0]) == 200:
+                if "human-evaluation" in words:
                     vote(found[0])
+                error = ""
                 break
             time.sleep(0.5)
         if process.poll() is None:
@@ -402,6 +411,7 @@ def measure(*, workspace: Path | None, only: str) -> Figures:
     return {
         **counted(found, outcomes),
         "processes left": room.processes_left,
+        "commands/carried out by an earlier call": sum(only in command for command in room.kept),
         "links": sum(len(links(page)) for page in PAGES),
         "links/broken": len(broken),
         "seconds/total": time.monotonic() - started,
@@ -430,7 +440,9 @@ def longest(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def main() -> int:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--workspace", type=Path, help="folder of the copy, kept and used again (default: a new one)")
+    parser.add_argument(
+        "--workspace", type=Path, help="folder of the copy, where a later call goes on (default: a new one)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="carry out only commands with this text")
     flags = parser.parse_args()
     return verify("docs", lambda: measure(workspace=flags.workspace, only=flags.only), bars=BARS, save=flags.save)
