@@ -94,6 +94,7 @@ class Rule:
 RULES: Mapping[str, Rule] = {
     r"make pretrain": Rule(),
     r"make pretrain ARGS=.*": Rule(flags="--pretrain.loop.num-steps 40 --generate.num-scenes 20", first=(DEMO,)),
+    r"make pretrain DATA=/data/list.*": Rule(flags="--until filter_pairs"),  # the rest is as for folders
     r"make pretrain DATA=.*": Rule(flags=SHORT_ROAD),
     r"make pretrain CLUSTER=.*": Rule(
         flags=f"--scrape-pairs.demo.num-scenes 600 {SHORT_ROAD}",
