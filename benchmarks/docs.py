@@ -119,7 +119,7 @@ RULES: Mapping[str, Rule] = {
     ),
     r"make generate .*": Rule(),
     r"make finetune-captioning": Rule(flags=FEW_STEPS, first=(DEMO,)),
-    r"make caption IMAGES=.*": Rule(first=(DEMO, CAPTIONER)),
+    r"make caption IMAGES=.*": Rule(swap={"/data/photos": "/coco/val2014"}, first=(DEMO, CAPTIONER)),
     r"make (finetune-super-resolution|finetune-direct-sr finetune-iterative-sr)": Rule(flags=FEW_STEPS, first=(DEMO,)),
     r"make finetune-style .*": Rule(flags=FEW_STEPS, first=(DEMO,)),
     r"make (finetune-fashion|pretrain-coglm)( .*)?": Rule(flags=FEW_STEPS),
@@ -251,7 +251,7 @@ class Room:
                 error = self._ask(words, log) if rule.is_server else self._finish(words, log)
         except UnmeasuredError as reason:
             error = str(reason)
-        self._end_processes()
+        self.end_processes(seconds=GRACE_S)
         if error:
             say(f"FAILED {command}: {error}")
             say(log.read_text(errors="replace")[-TAIL:] if log.is_file() else "")
@@ -303,9 +303,9 @@ class Room:
             error = error or f"ended with {code} after Ctrl-C"
         return error
 
-    def _end_processes(self) -> None:
-        """End what a command left behind, and count it."""
-        for process in self._watch.wait_for_end(seconds=GRACE_S):
+    def end_processes(self, *, seconds: float) -> None:
+        """End what a command left behind after some seconds of grace, and count it."""
+        for process in self._watch.wait_for_end(seconds=seconds):
             self.processes_left += 1
             say(f"left behind: {process}")
             process.kill()
@@ -403,7 +403,10 @@ def measure(*, workspace: Path | None, only: str) -> Figures:
         say(f"broken link: {words}")
     with web() as port:
         room = Room(folder.absolute(), web_port=port)
-        outcomes = [room.outcomes.get(command) or room.carry_out(command) for command in found if only in command]
+        try:
+            outcomes = [room.outcomes.get(command) or room.carry_out(command) for command in found if only in command]
+        finally:
+            room.end_processes(seconds=0)
     failed = [outcome for outcome in outcomes if outcome.error]
     if workspace is None and not failed:
         shutil.rmtree(folder, ignore_errors=True)
