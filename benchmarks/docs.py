@@ -8,8 +8,9 @@ order. The copy has the tracked files as they are, with changes that are not com
 * what only the reader has (/data/photos, s3://bucket/web, /weights/cogview-base, an image search, ...) gets a stand-in,
   which `benchmarks/stand_ins.py` makes from the demo's scenes and random weights; remote folders are local ones here,
   and web sites are a server on the loopback address. `4be1...` is the folder that the last run of that job left;
-* trainings are cut to a few steps, evaluations to a few captions, `make test` to one folder of tests: `RULES` has the
-  flags. The roads before `make finetune-fashion` and `make pretrain-coglm` take no flags and run whole;
+* trainings are cut to a few steps, evaluations to a few captions, `make test` to one folder of tests, by the flags in
+  `benchmarks/page_rules.py`. The roads before `make finetune-fashion` and `make pretrain-coglm` take no flags of ours,
+  and run whole;
 * what needs GPUs or a cluster runs with the preset `smoke`, on a Ray head of this machine; with --plan it runs as is;
 * servers are asked for their page, where people judge for a vote as well, and then stopped by Ctrl-C.
 
@@ -35,9 +36,10 @@ from typing import Any
 
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from benchmarks.human_evaluation import free_port
+from benchmarks.page_rules import DEMO, PHOTOS, Rule, rule_of, treated
 from benchmarks.pages import PAGES, all_commands, broken_links, links
 from benchmarks.processes import ProcessWatch, fresh_environment
-from benchmarks.stand_ins import HOST, LOOPBACK, STAND_INS, keep_outputs, web, write_inputs
+from benchmarks.stand_ins import LOOPBACK, keep_outputs, web, write_inputs
 from cogview.evaluation.human_votes import SCALES
 from cogview.shards.manifest import read_json
 from pipelines.runtime.jobs import COMPLETE_NAME
@@ -54,111 +56,10 @@ PATIENCE_S = 1200.0  # of one command
 GRACE_S = 10.0  # for what a command started, after its own end
 LONGEST = 10  # commands whose time is told
 TAIL = 2000  # characters of a failed command's words
+ROADS = r"make (pretrain|reproduce)( |$)|python -m pipelines road "
 NEWEST = re.compile(r"(runs/\w+)/(\w+)/4be1\.\.\.")
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
-STOPPED = (0, 2, 130, -signal.SIGINT)  # make's own answers to Ctrl-C, by version, and that of a server that ended well
-DEMO = "make pretrain"  # again it takes seconds, and the chain that ran last is the demo's
-PHOTOS = "make pretrain DATA=/data/photos"
-ROADS = r"make (pretrain|reproduce)( |$)|python -m pipelines road "
-CAPTIONER = "make finetune-captioning"
-LOOPBACK_SITE = f"--fetch.policy.resolve {HOST}:80 {LOOPBACK}:{{web}}"
-SHORT_ROAD = (
-    "--train-image-tokenizer.loop.num-steps 20 --train-image-tokenizer.num-workers 1"
-    " --pretrain.loop.num-steps 20 --pretrain.num-workers 1"
-)
-FEW_STEPS = "--loop.num-steps 20"
-SHORT_REPRODUCTION = (
-    "--compare-image-tokenizers.loop.num-steps 20 --stress-stability.num-steps 5"
-    " --finetune-captioning.loop.num-steps 20 --rank-candidates.num-scenes 5 --rank-candidates.candidates 4"
-    " --machine-evaluation.num-captions 20 --machine-evaluation.candidates 2"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How a command is carried out here.
-
-    flags: joined to ARGS of make, or put behind a job's own; swap: literal text -> what stands there instead; first:
-    commands of the pages that are carried out before; is_server: ask for its page, and stop it; is_cluster: with a Ray
-    head on this machine.
-    """
-
-    flags: str = ""
-    swap: Mapping[str, str] | None = None
-    first: tuple[str, ...] = ()
-    is_server: bool = False
-    is_cluster: bool = False
-
-
-# What the whole command looks like -> its rule, of which the first counts.
-RULES: Mapping[str, Rule] = {
-    r"make pretrain": Rule(),
-    r"make pretrain ARGS=.*": Rule(flags="--pretrain.loop.num-steps 40 --generate.num-scenes 20", first=(DEMO,)),
-    r"make pretrain DATA=/data/list.*": Rule(flags="--until filter_pairs"),  # the rest is as for folders
-    r"make pretrain DATA=.*": Rule(flags=SHORT_ROAD),
-    r"make pretrain CLUSTER=.*": Rule(
-        flags=f"--scrape-pairs.demo.num-scenes 600 {SHORT_ROAD}",
-        swap={"PRESET=paper": "PRESET=smoke", "http://127.0.0.1:8265": "{cluster}"},
-        is_cluster=True,
-    ),
-    r"make test": Rule(flags="tests/shards"),
-    r"make (lint|format|status|doctor)( .*)?": Rule(),
-    r"make dashboard": Rule(flags="--port {port}", is_server=True),
-    r"make serve": Rule(flags="--port 0", is_server=True, first=(DEMO,)),
-    r"make human-evaluation": Rule(
-        flags="--port 0 --num-groups 5 --each 3 --repeated 1 --planted 1", is_server=True, first=(DEMO,)
-    ),
-    r"make human-evaluation MODELS=.*": Rule(
-        flags="--port 0 --num-groups 5 --each 3 --repeated 1 --planted 1", is_server=True, first=(PHOTOS,)
-    ),
-    r"make count-votes": Rule(first=("make human-evaluation",)),
-    r'make generate PROMPT=".*" BEST=8': Rule(first=(DEMO, CAPTIONER)),
-    r'make generate PROMPT="\.\.\."': Rule(swap={'"..."': '"a small blue square on a white background"'}),
-    r'make generate PROMPT="A cat of ink drawing style" .*': Rule(
-        first=(DEMO, 'make finetune-style DATA=/data/drawings STYLE="ink drawing"')
-    ),
-    r"make generate .*": Rule(),
-    r"make finetune-captioning": Rule(flags=FEW_STEPS, first=(DEMO,)),
-    r"make caption IMAGES=.*": Rule(swap={"/data/photos": "/coco/val2014"}, first=(DEMO, CAPTIONER)),
-    r"make (finetune-super-resolution|finetune-direct-sr finetune-iterative-sr)": Rule(flags=FEW_STEPS, first=(DEMO,)),
-    r"make finetune-style .*": Rule(flags=FEW_STEPS, first=(DEMO,)),
-    r"make (finetune-fashion|pretrain-coglm)( .*)?": Rule(flags=FEW_STEPS),
-    r"make super-resolve": Rule(first=("make finetune-super-resolution",)),
-    r"make super-resolve-at-once": Rule(first=("make finetune-direct-sr finetune-iterative-sr",)),
-    r"make (generate-coglm|complete) .*": Rule(first=("make pretrain-coglm",)),
-    r"make machine-evaluation PRESET=paper .*": Rule(
-        flags="--extractor inception --num-captions 8 --candidates 2",
-        swap={"PRESET=paper": "PRESET=smoke"},
-        first=(DEMO, CAPTIONER),
-    ),
-    r"make machine-evaluation REFERENCE=.*": Rule(
-        flags="--num-captions 20",
-        swap={"REFERENCE=... PICTURES=...": "REFERENCE=captions_val2014.json PICTURES=/coco/val2014"},
-        first=(DEMO, CAPTIONER),
-    ),
-    r"make machine-evaluation": Rule(flags="--num-captions 20 --candidates 2", first=(DEMO, CAPTIONER)),
-    r"make rank-candidates( .*)?": Rule(flags="--num-scenes 5 --candidates 4", first=(DEMO, CAPTIONER)),
-    r"make compare-image-tokenizers": Rule(flags=FEW_STEPS),
-    r"make stress-stability": Rule(flags="--num-steps 5"),
-    r"make analyse-attention": Rule(),
-    r"make reproduce": Rule(flags=SHORT_REPRODUCTION, first=(DEMO,)),
-    r"make import-weights .*": Rule(),
-    r"python -m pipelines \w+ paper .*--plan.*": Rule(),
-    r"python -m pipelines scrape_pairs paper --queries .*": Rule(
-        flags=f"--per-query 4 --endpoints openverse http://{HOST}/openverse wikimedia http://{HOST}/wikimedia "
-        + LOOPBACK_SITE
-    ),
-    r"python -m pipelines scrape_pairs paper --(table|pages) .*": Rule(
-        flags=LOOPBACK_SITE, swap={"https://": "http://"}
-    ),
-    r"python -m pipelines take_down .*": Rule(
-        swap={f"runs/smoke/{job}/...": f"{{inputs}}/taken/{job}" for job in ("scrape_pairs", "tokenize_pairs")}
-    ),
-    r"python -m pipelines road .*--until filter_pairs.*": Rule(),
-    r"python -m pipelines road .*": Rule(flags=SHORT_ROAD),
-    r"python -m pipelines (score_pairs|filter_pairs) .*": Rule(),
-    r"python -m pipelines pretrain .*": Rule(flags=FEW_STEPS),
-}
+STOPPED = (0, 130, -signal.SIGINT)  # a server that ended well, and make, which is interrupted as well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,38 +70,6 @@ class Outcome:
     carried_out: str
     seconds: float
     error: str = ""
-
-
-def rule_of(command: str) -> Rule:
-    """The rule of a command. UnmeasuredError if it has none: a new command of a page needs one."""
-    for pattern, rule in RULES.items():
-        if re.fullmatch(pattern, command):
-            return rule
-    raise UnmeasuredError(f"no rule of {Path(__file__).name} says how to carry out: {command}")
-
-
-def treated(command: str, *, inputs: Path, places: Mapping[str, object]) -> str:
-    """The command with stand-ins and cuts; places: values of the names in braces of a rule."""
-    rule, words = rule_of(command), command
-    for literal, instead in (rule.swap or {}).items():
-        words = words.replace(literal, instead)
-    flags = rule.flags
-    for name, value in {"inputs": inputs, **places}.items():
-        words, flags = (text.replace(f"{{{name}}}", str(value)) for text in (words, flags))
-    for literal in sorted(STAND_INS, key=len, reverse=True):
-        words = re.sub(rf"(?<![\w/.]){re.escape(literal)}(?![\w/.])", str(inputs / STAND_INS[literal]), words)
-    return with_flags(words, flags)
-
-
-def with_flags(command: str, flags: str) -> str:
-    """The flags behind those that the command has: in ARGS of make, or at the end of a job's."""
-    if not flags:
-        return command
-    if not command.startswith("make "):
-        return f"{command} {flags}"
-    if 'ARGS="' in command:
-        return re.sub(r'ARGS="([^"]*)"', lambda found: f'ARGS="{found[1]} {flags}"', command)
-    return f'{command} ARGS="{flags}"'
 
 
 class Room:
@@ -336,11 +205,11 @@ class Room:
         )
         address = f"http://{LOOPBACK}:{port}"
         deadline = time.monotonic() + 120
-        while page_status(f"{address}/api/version") != 200:
-            if head.poll() is not None or time.monotonic() > deadline:
-                raise UnmeasuredError(f"no Ray head: {log.read_text()[-TAIL:]}")
-            time.sleep(1)
         try:
+            while not page_status(address):
+                if head.poll() is not None or time.monotonic() > deadline:
+                    raise UnmeasuredError(f"no Ray head: {log.read_text()[-TAIL:]}")
+                time.sleep(1)
             yield address
         finally:
             head.terminate()

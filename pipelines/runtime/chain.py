@@ -175,12 +175,17 @@ def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) ->
     missing = {name: job for name, job in producers.items() if getattr(config, name) is None}
     if not missing:
         return config
-    outputs = {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"] if stage["state"] == "done"}
+    outputs = chain_outputs(root)
     for name, job in missing.items():
         if job not in outputs or not outputs[job].is_dir():
             flag = f"--{name.replace('_', '-')} FOLDER"
             raise ConfigError(f"{root / CHAIN_NAME}: no {job} is done; run `make pretrain` first, or give {flag}")
     return replace(config, **{name: outputs[job] for name, job in missing.items()})
+
+
+def chain_outputs(root: Path) -> dict[str, Path]:
+    """Job -> the output of each finished stage of the chain that ran last under `root`."""
+    return {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"] if stage["state"] == "done"}
 
 
 def latest_output(job: str, *, flag: str, root: Path) -> Path:
