@@ -84,6 +84,7 @@ class Room:
         self.outcomes = {command: outcome for command, outcome in self.outcomes.items() if not outcome.error}
         self.kept = frozenset(self.outcomes)
         self._watch = ProcessWatch(environment_of(folder / "home", bin_folder=self.checkout / ".venv" / "bin"))
+        self._environment = dict(self._watch.environment)
         self._web_port = web_port
         self._road = ""  # the command whose chain ran last
         self.processes_left = 0
@@ -131,7 +132,7 @@ class Room:
             return subprocess.Popen(
                 shlex.split(words),
                 cwd=self.checkout,
-                env=self._watch.environment,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -198,6 +199,7 @@ class Room:
         if error := self._finish("make .venv/.ready-cluster", log):
             raise UnmeasuredError(f"the extra for clusters cannot be installed: {error}")
         port = free_port()
+        self._environment["RAY_AUTH_MODE"] = "token"  # Ray made one in the home when it ran for the first time
         head = self._start(
             f"ray start --head --block --port {free_port()} --dashboard-host {LOOPBACK} --dashboard-port {port}"
             " --disable-usage-stats",
@@ -212,6 +214,7 @@ class Room:
                 time.sleep(1)
             yield address
         finally:
+            del self._environment["RAY_AUTH_MODE"]
             head.terminate()
             head.wait(timeout=60)
 

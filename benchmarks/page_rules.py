@@ -83,7 +83,7 @@ RULES: Mapping[str, Rule] = {
     r"make super-resolve-at-once": Rule(first=("make finetune-direct-sr finetune-iterative-sr",)),
     r"make (generate-coglm|complete) .*": Rule(first=("make pretrain-coglm",)),
     r"make machine-evaluation PRESET=paper .*": Rule(
-        flags="--extractor inception --num-captions 8 --candidates 2",
+        flags="--extractor inception --num-captions 8 --candidates 2 --radii 0 --scores.distance-resamples 2",
         swap={"PRESET=paper": "PRESET=smoke"},
         first=(DEMO, CAPTIONER),
     ),

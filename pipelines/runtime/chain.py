@@ -170,8 +170,13 @@ def read_chain(root: Path) -> dict[str, Any]:
 def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) -> Any:
     """The config with input folders that are not given taken from the chain that ran last under `root`.
 
+    What was imported together belongs together: folders beside the checkpoint that have a field's name are taken first.
     producers: field -> the job that writes it. ConfigError when such a job is not done.
     """
+    checkpoint = getattr(config, "checkpoint", None)
+    if checkpoint is not None:
+        beside = {name: checkpoint.parent / name for name in producers if getattr(config, name) is None}
+        config = replace(config, **{name: folder for name, folder in beside.items() if folder.is_dir()})
     missing = {name: job for name, job in producers.items() if getattr(config, name) is None}
     if not missing:
         return config
