@@ -14,6 +14,7 @@ from benchmarks.stand_ins import HOST, LOOPBACK, STAND_INS
 DEMO = "make pretrain"  # again it takes seconds, and the chain that ran last is the demo's
 PHOTOS = "make pretrain DATA=/data/photos"
 CAPTIONER = "make finetune-captioning"
+SCORES = "python -m pipelines score_pairs smoke --pairs runs/smoke/import_pairs/4be1... --scorer my_scorer.py"
 LOOPBACK_SITE = f"--fetch.policy.resolve {HOST}:80 {LOOPBACK}:{{web}}"
 SHORT_ROAD = (
     "--train-image-tokenizer.loop.num-steps 20 --train-image-tokenizer.num-workers 1"
@@ -94,9 +95,9 @@ RULES: Mapping[str, Rule] = {
     ),
     r"make machine-evaluation": Rule(flags="--num-captions 20 --candidates 2", first=(DEMO, CAPTIONER)),
     r"make rank-candidates( .*)?": Rule(flags="--num-scenes 5 --candidates 4", first=(DEMO, CAPTIONER)),
-    r"make compare-image-tokenizers": Rule(flags=FEW_STEPS),
+    r"make compare-image-tokenizers": Rule(flags=FEW_STEPS, first=(DEMO,)),
     r"make stress-stability": Rule(flags="--num-steps 5"),
-    r"make analyse-attention": Rule(),
+    r"make analyse-attention": Rule(first=(DEMO,)),
     r"make reproduce": Rule(flags=SHORT_REPRODUCTION, first=(DEMO,)),
     r"make import-weights .*": Rule(),
     r"python -m pipelines \w+ paper .*--plan.*": Rule(),
@@ -112,7 +113,8 @@ RULES: Mapping[str, Rule] = {
     ),
     r"python -m pipelines road .*--until filter_pairs.*": Rule(),
     r"python -m pipelines road .*": Rule(flags=SHORT_ROAD),
-    r"python -m pipelines (score_pairs|filter_pairs) .*": Rule(),
+    r"python -m pipelines score_pairs .*": Rule(first=(PHOTOS,)),
+    r"python -m pipelines filter_pairs .*": Rule(first=(SCORES,)),
     r"python -m pipelines pretrain .*": Rule(flags=ALONE),
 }
 
