@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PRESET ?= smoke
-ROOT   ?= runs/$(PRESET)
+ROOT   := $(if $(value ROOT),$(value ROOT),runs/$(PRESET))
 TORCH  ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 
 # Modules are compiled once, when they are first imported; without this every Ray worker would compile them again.
