@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PRESET ?= smoke
-ROOT   ?= runs/$(PRESET)
+ROOT   := $(if $(value ROOT),$(value ROOT),runs/$(PRESET))
 TORCH  ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 
 # Modules are compiled once, when they are first imported; without this every Ray worker would compile them again.
@@ -20,7 +20,7 @@ LOCK       := .venv-lock
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
 # Byte code is written when a module is first imported: compiling all of it beforehand takes half a minute longer.
 INSTALL     := -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS   = $(filter-out __init__ browser captioner chains counting harness photo_server processes rivals,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS   = $(filter-out __init__ browser captioner chains counting harness page_rules pages photo_server processes rivals stand_ins tiny_clip,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 # The value of a variable as one word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -103,7 +103,7 @@ finetune-fashion: $(READY) ## One domain in high resolution, with a VQGAN: DATA=
 	    $(if $(value CAPTIONS),--captions $(call quoted,CAPTIONS)) && \
 	    $(BIN)/python -m pipelines finetune_fashion $(call quoted,PRESET) --root runs/fashion_$(call quoted,PRESET) $(ARGS)
 
-human-evaluation: $(READY) ## Let people judge pictures on a web page: those drawn last, or MODELS="NAME=/folder NAME=/other" [REFERENCES=/folder] [PRESET=smoke] [ARGS="..."]
+human-evaluation: $(READY) ## Let people judge pictures on a web page: those of the last run, or MODELS="NAME=/folder NAME=/other" [REFERENCES=/folder] [PRESET=smoke] [ARGS="..."]
 	@$(BIN)/python -m pipelines human_evaluation smoke --root runs/$(call quoted,PRESET) \
 	    $(if $(value MODELS),--models $(MODELS)) $(if $(value REFERENCES),--references $(call quoted,REFERENCES)) $(ARGS)
 

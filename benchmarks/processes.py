@@ -110,7 +110,7 @@ def fresh_environment(home: Path) -> dict[str, str]:
 
     Where the machine's packages come from (pip's index and certificates) belongs to the machine and is kept.
     """
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     kept = {
         name: value for name, value in os.environ.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)
     }

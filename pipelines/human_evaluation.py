@@ -1,8 +1,8 @@
 """Let people judge pictures: groups for one caption from several models and the truth, blind, on a web page.
 
 Command: make human-evaluation [MODELS="CogView=/folder GAN=/other"]; then make count-votes
-Reads:   the pictures of each model: outputs of generate or super_resolve (by default those made last), or any folder of
-         pictures named by their captions; --references FOLDER or the demo's scenes as the truth; the image tokenizer
+Reads:   the pictures of each model: outputs of generate or super_resolve (by default of the last chain), or any folder
+         of pictures named by their captions; --references FOLDER or the demo's scenes as the truth; the image tokenizer
 Writes:  pictures/, study.json (whose they are), votes/votes.db; every vote is on the disk before it is answered
 Time:    about 15 s to prepare 100 groups of small pictures on two cores; then until Ctrl-C, and the next time at once
 """
@@ -16,13 +16,14 @@ from pathlib import Path
 
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
+from cogview.shards.manifest import read_json
 from pipelines.judging.ballots import VOTES_FOLDER, VOTES_NAME, Ballots, Share
 from pipelines.judging.booth import Booth
 from pipelines.judging.study import STUDY, Study, StudyConfig
-from pipelines.runtime.chain import fill_from_chain, latest_output, show_finished
+from pipelines.runtime.chain import chain_outputs, fill_from_chain, latest_output, show_finished
 from pipelines.runtime.display import open_display
 from pipelines.runtime.flags import Order
-from pipelines.runtime.jobs import Finished, digest_input, run_job
+from pipelines.runtime.jobs import CONFIG_NAME, Finished, digest_input, run_job
 from pipelines.runtime.locks import folder_lock
 from pipelines.serving.gate import Gate
 from pipelines.serving.listening import check_address, listen, read_token
@@ -36,8 +37,8 @@ KEY_BYTES = 16
 class Config:
     """What is judged, by how much work of each evaluator, and where.
 
-    models: NAME=FOLDER of each; without any, what generate and super_resolve have drawn last. recovered: judge the
-    truth as well, passed through the image tokenizer; references: pictures of it with the same captions, or tars of
+    models: NAME=FOLDER of each; without any, what the last chain drew, and super_resolve made of it. recovered: judge
+    the truth as well, passed through the image tokenizer; references: pictures of it with the same captions, or tars of
     pairs such as filter_pairs writes (the demo's captions need none); image_size: of the truth, 0 for that of the first
     model's pictures.
     num_groups: captions of the study, 0 for all. each: groups that one evaluator judges, 0 for all; repeated, planted:
@@ -99,7 +100,7 @@ def main(config: Config, *, order: Order, command: str) -> list[str]:
 
 def study_config(config: Config, *, root: Path) -> StudyConfig:
     """What decides the pictures, all that is not given filled in. ConfigError for models other than NAME=FOLDER."""
-    models = dict(_model(given) for given in config.models) if config.models else _latest_models(root)
+    models = dict(_model(given) for given in config.models) if config.models else latest_models(root)
     if len(models) < len(config.models):
         raise ConfigError(f"models={config.models}: every model needs a name of its own")
     if config.recovered:
@@ -148,9 +149,18 @@ def _model(given: str) -> tuple[str, Path]:
     return name.strip(), Path(folder).absolute()
 
 
-def _latest_models(root: Path) -> dict[str, Path]:
-    """What was drawn last; ConfigError only when there is no picture at all."""
-    models = {LATEST["generate"]: latest_output("generate", flag="--models NAME=", root=root)}
+def latest_models(root: Path) -> dict[str, Path]:
+    """What the chain drew, or else what was drawn last, and the same pictures magnified, if they were.
+
+    A prompt drawn by hand since then is no study. ConfigError only when there is no picture at all.
+    """
+    drawn = None
     with suppress(ConfigError):
-        models[LATEST["super_resolve"]] = latest_output("super_resolve", flag="--models NAME=", root=root)
+        drawn = chain_outputs(root).get("generate")
+    drawn = drawn or latest_output("generate", flag="--models NAME=", root=root)
+    models = {LATEST["generate"]: drawn}
+    with suppress(ConfigError):
+        magnified = latest_output("super_resolve", flag="--models NAME=", root=root)
+        if read_json(magnified / CONFIG_NAME)["config"]["samples"] == str(drawn):
+            models[LATEST["super_resolve"]] = magnified
     return models

@@ -7,26 +7,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.harness import REPOSITORY
+from benchmarks.pages import PAGES, broken_links, commands, links
 from pipelines.runtime.flags import read_config, read_order
 
-REPOSITORY = Path(__file__).parents[1]
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("clusters/*.md")])
 VERBS = {"status", "dashboard", "doctor"}  # commands that have no config of a job
-LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```\w*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of a page's code that call make or the jobs, without their comments, one for each part of `a && b`."""
-    lines = [line for block in FENCE.findall(page.read_text()) for line in block.splitlines()]
-    parts = [part.strip() for line in lines for part in re.sub(r"\s#\s.*", "", line).split("&&")]
-    return [part for part in parts if part.startswith(("make ", "python -m pipelines "))]
 
 
 def jobs_called(command: str) -> list[list[str]]:
@@ -75,26 +65,11 @@ def test_every_plan_is_told(command: str, tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) > 3
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that a page's headings get."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for link in LINK.findall(page.read_text()):
-        if link.startswith(("https://", "mailto:")):
-            continue
-        assert not link.startswith("http:"), f"{link}: not encrypted"
-        path, _, anchor = unquote(link).partition("#")
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists(), f"{page.name} links to {link}"
-        assert REPOSITORY in (target, *target.parents), f"{link} leads out of the project"
-        if anchor:
-            assert anchor in anchors(target), f"{page.name} links to {link}"
+    assert list(broken_links(page)) == []
 
 
 def test_every_page_of_docs_is_in_the_list_of_pages() -> None:
-    listed = LINK.findall((REPOSITORY / "docs" / "README.md").read_text())
+    listed = links(REPOSITORY / "docs" / "README.md")
     assert {page.name for page in REPOSITORY.glob("docs/*.md")} - {"README.md"} <= set(listed)

@@ -88,6 +88,9 @@ def test_make_without_a_target_helps() -> None:
         (["generate", 'PROMPT=a $5 "box"'], """--prompt 'a $5 "box"'"""),
         (["generate", "PROMPTS=/a b.txt", "BEST=8"], "--prompts-file '/a b.txt'"),
         (["caption", "IMAGES=/a b"], "caption 'smoke' --images '/a b'"),
+        (["finetune-direct-sr"], "finetune_direct_sr 'smoke' --root 'runs/smoke'"),
+        (["super-resolve-at-once", "PRESET=emoji"], "--root 'runs/emoji'"),
+        (["finetune-iterative-sr", "ROOT=/a b/$5"], "--root '/a b/$5'"),
         (["pretrain", "PRESET=emoji", "ARGS=--pretrain.loop.num-steps 5"], "road 'emoji'"),
     ],
 )

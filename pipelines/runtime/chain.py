@@ -170,17 +170,27 @@ def read_chain(root: Path) -> dict[str, Any]:
 def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) -> Any:
     """The config with input folders that are not given taken from the chain that ran last under `root`.
 
+    What was imported together belongs together: folders beside the checkpoint that have a field's name are taken first.
     producers: field -> the job that writes it. ConfigError when such a job is not done.
     """
+    checkpoint = getattr(config, "checkpoint", None)
+    if checkpoint is not None:
+        beside = {name: checkpoint.parent / name for name in producers if getattr(config, name) is None}
+        config = replace(config, **{name: folder for name, folder in beside.items() if folder.is_dir()})
     missing = {name: job for name, job in producers.items() if getattr(config, name) is None}
     if not missing:
         return config
-    outputs = {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"] if stage["state"] == "done"}
+    outputs = chain_outputs(root)
     for name, job in missing.items():
         if job not in outputs or not outputs[job].is_dir():
             flag = f"--{name.replace('_', '-')} FOLDER"
             raise ConfigError(f"{root / CHAIN_NAME}: no {job} is done; run `make pretrain` first, or give {flag}")
     return replace(config, **{name: outputs[job] for name, job in missing.items()})
+
+
+def chain_outputs(root: Path) -> dict[str, Path]:
+    """Job -> the output of each finished stage of the chain that ran last under `root`."""
+    return {stage["job"]: root / stage["output"] for stage in read_chain(root)["stages"] if stage["state"] == "done"}
 
 
 def latest_output(job: str, *, flag: str, root: Path) -> Path:

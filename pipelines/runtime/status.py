@@ -6,7 +6,9 @@ and MLflow's pages.
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +172,10 @@ def shown_path(path: Path) -> str:
 
 
 def serve_dashboard(root: Path, *, port: int, out: TextIO) -> None:
-    """Become MLflow's server for the runs beside `root`, on 127.0.0.1 only. ConfigError when nothing is there."""
+    """Run MLflow's server for the runs beside `root`, on 127.0.0.1 only, until Ctrl-C or `kill`.
+
+    ConfigError when nothing is there, or when the server ends by itself.
+    """
     uri = tracking_uri(root)
     if uri.startswith(("http://", "https://")):
         out.write(f"MLFLOW_TRACKING_URI names a server, which has its own pages: {uri}\n")
@@ -187,7 +192,16 @@ def serve_dashboard(root: Path, *, port: int, out: TextIO) -> None:
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", uri, "--default-artifact-root", artifact_folder(root).as_uri()),
     ]
-    os.execvpe(command[0], command, {**os.environ, **DASHBOARD_ENVIRONMENT})
+    # In a session of its own: Ctrl-C reaches this process alone, for the server would answer it with a traceback.
+    server = subprocess.Popen(command, env={**os.environ, **DASHBOARD_ENVIRONMENT}, start_new_session=True)
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+        out.write("dashboard: ended\n")
+    else:
+        raise ConfigError(f"MLflow's server ended by itself with {code}; its words stand above")
 
 
 def _check_port(port: int) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny_clip import LENGTH, clip_vocabulary, write_clip
 from cogview.errors import CheckpointError
 from cogview.evaluation.clip_network import ClipScorer
 from cogview.evaluation.clip_text import END, START, ClipText, split_words
-from tests.evaluation.tiny_clip import LENGTH, clip_vocabulary, write_clip
 
 
 @pytest.fixture(scope="module")

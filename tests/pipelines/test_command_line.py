@@ -231,14 +231,21 @@ def test_the_dashboard_serves_the_runs_on_loopback_and_refuses_a_port_that_is_ta
     assert refused.returncode == USER_ERROR
     assert f"port={port}" in refused.stderr
     command = [sys.executable, "-m", "pipelines", "dashboard", "--root", "runs/smoke", "--port", port]
-    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         assert server.stdout is not None
         assert server.stdout.readline() == f"MLflow: http://127.0.0.1:{port}{START_PAGE}  (Ctrl-C ends it)\n"
         assert _page(f"http://127.0.0.1:{port}/health") == b"OK"
     finally:
-        server.terminate()
-        server.communicate(timeout=SECONDS)
+        os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
+        words, _ = server.communicate(timeout=SECONDS)
+    assert (server.returncode, words.splitlines()[-1]) == (0, "dashboard: ended")
+    assert "Traceback" not in words
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", int(port)))
 
 
 def _page(address: str) -> bytes:

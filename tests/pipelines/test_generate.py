@@ -202,6 +202,16 @@ def test_without_a_chain_the_remedy_is_to_run_one(tmp_path):
         resolve(Config(prompt=("a red circle",)), root=tmp_path)
 
 
+def test_an_imported_model_comes_with_the_tokenizers_beside_it(tmp_path):
+    for name in ("gpt", "text_tokenizer", "image_tokenizer"):
+        (tmp_path / "imported" / name).mkdir(parents=True)
+    resolved = resolve(Config(prompt=("一只猫",), checkpoint=tmp_path / "imported" / "gpt"), root=tmp_path)
+    assert resolved.text_tokenizer == tmp_path / "imported" / "text_tokenizer"
+    assert resolved.image_tokenizer == tmp_path / "imported" / "image_tokenizer"
+    own = resolve(replace(resolved, text_tokenizer=tmp_path), root=tmp_path)
+    assert own.text_tokenizer == tmp_path
+
+
 LEXICON = """
 [[rules]]
 name = "circles"

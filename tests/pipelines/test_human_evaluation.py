@@ -3,17 +3,19 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cogview.errors import ConfigError
+from cogview.shards.manifest import write_json
 from pipelines import count_votes, human_evaluation
 from pipelines.judging.ballots import Ballots
 from pipelines.judging.study import Study
 from pipelines.runtime.flags import read_order
-from pipelines.runtime.jobs import plan_job, run_job
+from pipelines.runtime.jobs import COMPLETE_NAME, CONFIG_NAME, plan_job, run_job
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.studies import (
     NUMBER,
@@ -43,6 +45,26 @@ def test_models_are_given_by_name_and_folder(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             human_evaluation.study_config(replace(config, models=models), root=tmp_path)
+
+
+def test_without_models_the_last_chains_pictures_are_judged_and_not_a_prompt_drawn_since(tmp_path):
+    for folder in ("generate/chain", "generate/since", "super_resolve/made"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_json(tmp_path / folder / COMPLETE_NAME, {"digest": folder})
+        time.sleep(0.01)
+    stage = {"job": "generate", "state": "done", "output": "generate/chain"}
+    write_json(tmp_path / "chain.json", {"state": "done", "started": "", "stages": [stage]})
+
+    def judged(samples):
+        settings = {"config": {"samples": str(tmp_path / samples)}}
+        write_json(tmp_path / "super_resolve/made" / CONFIG_NAME, settings)
+        found = human_evaluation.latest_models(tmp_path).values()
+        return [folder.relative_to(tmp_path).as_posix() for folder in found]
+
+    assert judged("generate/since") == ["generate/chain"]
+    assert judged("generate/chain") == ["generate/chain", "super_resolve/made"]
+    (tmp_path / "chain.json").unlink()
+    assert judged("generate/since") == ["generate/since", "super_resolve/made"]
 
 
 def test_a_study_is_prepared_once_and_its_votes_are_counted_once(tmp_path, run_root, caplog):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny_clip import write_clip
 from cogview.errors import ConfigError
 from cogview.evaluation.blur import pixels_of
 from cogview.evaluation.caption_loss import score_pairs
@@ -30,7 +31,6 @@ from pipelines.tasks.caption_choice import choose_captions, read_captioned
 from pipelines.tasks.evaluation_page import PAPER_ROWS
 from pipelines.tasks.evaluation_scores import ScoreConfig
 from pipelines.tasks.picture_measures import candidate_seed
-from tests.evaluation.tiny_clip import write_clip
 from tests.pipelines.pair_folders import QuietDisplay, make_pairs, write_pair_folder
 from tests.pipelines.trained_folders import GRID, LENGTH, write_trained_folders
 

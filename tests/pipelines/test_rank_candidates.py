@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks.tiny_clip import write_clip
 from cogview.errors import ConfigError
 from cogview.evaluation.attributes import judge, scene_from_json
 from cogview.evaluation.clip_network import ClipScorer
 from cogview.models.published import load_model, save_model
 from pipelines.rank_candidates import JOB, PRESETS, Config, metric_name, resolve
 from pipelines.runtime.jobs import COMPLETE_NAME, Finished, run_job
-from tests.evaluation.tiny_clip import write_clip
 from tests.pipelines.pair_folders import QuietDisplay
 from tests.pipelines.trained_folders import LENGTH, write_trained_folders
 

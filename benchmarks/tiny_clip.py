@@ -38,6 +38,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 
 def write_clip(folder: Path) -> Path:
+    """Write such a folder; returns it."""
     vocabulary = clip_vocabulary()
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
