@@ -8,6 +8,7 @@ the same goes to `benchmarks/results/NAME.json` and `.md`, with the date, the ma
 import argparse
 import json
 import operator
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def save_result(result: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
         f"# {result['name']}: {'passed' if result['pass'] else 'below the bar'}",
         "",
         f"{full['date']}, commit {full['commit']}, {machine_words(full['machine'])}.",
-        f"Again: `make verify NAME={result['name']}`.",
+        f"Again: `{again(result['name'], sys.argv[1:])}`.",
         "",
         "| figure | measured | bar | |",
         "|---|---:|---:|---|",
@@ -107,6 +108,12 @@ def save_result(result: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
     ]
     (folder / f"{result['name']}.md").write_text("\n".join(lines) + "\n")
     (folder / INDEX_NAME).write_text("\n".join(_index(folder)) + "\n")
+
+
+def again(name: str, flags: Sequence[str]) -> str:
+    """The command that measures the same."""
+    given = shlex.join(flag for flag in flags if flag != "--save")
+    return f'make verify NAME={name} ARGS="{given}"' if given else f"make verify NAME={name}"
 
 
 def _index(folder: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.harness import Bar, Figures, UnmeasuredError, save_result, verify
+from benchmarks.harness import Bar, Figures, UnmeasuredError, again, save_result, verify
 from benchmarks.processes import ProcessWatch, fresh_environment
 from benchmarks.rerun import HOOK, differences, snapshot
 from benchmarks.road import chain_figures
@@ -44,6 +44,11 @@ def test_what_could_not_be_measured_does_not_pass(capsys: pytest.CaptureFixture[
     assert verify("speed", measure, bars=()) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["pass"], result["error"]) == (False, "the data are not here")
+
+
+def test_the_command_of_a_result_has_the_flags_that_it_was_measured_with() -> None:
+    assert again("speed", ["--save"]) == "make verify NAME=speed"
+    assert again("speed", ["--root", "runs/my own", "--save"]) == """make verify NAME=speed ARGS="--root 'runs/my own'\""""
 
 
 def test_a_saved_result_names_machine_versions_and_date(tmp_path: Path) -> None:
