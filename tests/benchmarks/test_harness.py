@@ -48,7 +48,8 @@ def test_what_could_not_be_measured_does_not_pass(capsys: pytest.CaptureFixture[
 
 def test_the_command_of_a_result_has_the_flags_that_it_was_measured_with() -> None:
     assert again("speed", ["--save"]) == "make verify NAME=speed"
-    assert again("speed", ["--root", "runs/my own", "--save"]) == """make verify NAME=speed ARGS="--root 'runs/my own'\""""
+    flags = "--root 'runs/my own'"
+    assert again("speed", ["--root", "runs/my own", "--save"]) == f'make verify NAME=speed ARGS="{flags}"'
 
 
 def test_a_saved_result_names_machine_versions_and_date(tmp_path: Path) -> None:
