@@ -321,6 +321,8 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="carry out only commands with this text")
     flags = parser.parse_args()
+    # Begun in the background by a shell, this process would ignore Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return verify("docs", lambda: measure(workspace=flags.workspace, only=flags.only), bars=BARS, save=flags.save)
 
 
