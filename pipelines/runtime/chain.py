@@ -22,6 +22,7 @@ from pipelines.runtime.jobs import COMPLETE_NAME, Finished, Job, plan_job, read_
 from pipelines.runtime.locks import folder_lock
 
 CHAIN_NAME = "chain.json"
+TOKENIZERS = ("text_tokenizer", "image_tokenizer")
 DEMO_DATA = "demo site"  # its `data` where the truth about every picture is known
 FROM_CHAIN = Path("the-output-of-the-stage-before")  # stands in a chain's presets where a stage's output goes
 SCORES_SHOWN = 3
@@ -170,12 +171,13 @@ def read_chain(root: Path) -> dict[str, Any]:
 def fill_from_chain(config: Any, producers: Mapping[str, str], *, root: Path) -> Any:
     """The config with input folders that are not given taken from the chain that ran last under `root`.
 
-    What was imported together belongs together: folders beside the checkpoint that have a field's name are taken first.
+    What was imported together belongs together: tokenizers beside the checkpoint are taken first.
     producers: field -> the job that writes it. ConfigError when such a job is not done.
     """
     checkpoint = getattr(config, "checkpoint", None)
     if checkpoint is not None:
-        beside = {name: checkpoint.parent / name for name in producers if getattr(config, name) is None}
+        missing_tokenizers = [name for name in producers if name in TOKENIZERS and getattr(config, name) is None]
+        beside = {name: checkpoint.parent / name for name in missing_tokenizers}
         config = replace(config, **{name: folder for name, folder in beside.items() if folder.is_dir()})
     missing = {name: job for name, job in producers.items() if getattr(config, name) is None}
     if not missing:
