@@ -23,7 +23,7 @@ def two_workers(work: Callable[..., None], *arguments: Any) -> Iterator[None]:
         yield
         for worker in workers:
             worker.join(timeout=PATIENCE_S)
-            assert worker.exitcode == 0
+            assert worker.exitcode == 0, f"{worker.name} ended with {worker.exitcode} (None: not in time)"
     finally:
         for worker in workers:
             worker.kill()
