@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, UnmeasuredError
-from cogview.shards.manifest import read_json
+from pipelines.runtime.chain import chain_outputs
 
 MODELS = {
     "checkpoint": "pretrain",
@@ -40,7 +40,7 @@ def stage_folders(root: Path, *needed: str) -> dict[str, Path]:
     """The output of each stage of the chain under a root, by job. UnmeasuredError if a needed one is not there."""
     if not (root / "chain.json").is_file():
         raise UnmeasuredError(f"{root} holds no chain; run `make pretrain` first, or name another with --root")
-    folders = {stage["job"]: root / stage["output"] for stage in read_json(root / "chain.json")["stages"]}
+    folders = chain_outputs(root)
     missing = [job for job in needed if job not in folders]
     if missing:
         raise UnmeasuredError(f"{root}: the chain has not come to {', '.join(missing)}; run `make pretrain`")

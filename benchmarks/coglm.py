@@ -31,7 +31,7 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
-from cogview.scenes.reading import read_scene
+from cogview.scenes.reading import compare, read_scene
 from cogview.scenes.scene import COLOURS, KINDS, RADIUS, Prompt, Scene, Shape, corpus, draw_scene, held_out_prompts
 from pipelines.runtime.chain import latest_output
 from pipelines.scrape_pairs import PRESETS
@@ -112,10 +112,10 @@ def skills(coglm: CogLM, *, scenes: int, seed: int) -> dict[str, float]:
 def completion_figures(filled: Sequence[Image.Image], some: Sequence[Hole]) -> dict[str, float]:
     """How many pictures show the kind and colour that were asked for where the box was, and in everything they show."""
     asked = [hole.asked.shapes[0] for hole in some]
-    found = [shape_near(read_scene(picture), one.centre) for picture, one in zip(filled, asked, strict=True)]
-    pairs = list(zip(asked, found, strict=True))
+    readings = [read_scene(picture) for picture in filled]
+    pairs = [(one, shape_near(reading, one.centre)) for one, reading in zip(asked, readings, strict=True)]
     is_right = [there is not None and (one.kind, one.colour) == (there.kind, there.colour) for one, there in pairs]
-    everything = [judge(picture, expected=hole.asked).marks for picture, hole in zip(filled, some, strict=True)]
+    everything = [compare(hole.asked, reading) for hole, reading in zip(some, readings, strict=True)]
     answers = {
         "colour and shape right": is_right,
         "shape": [there is not None and one.kind == there.kind for one, there in pairs],

@@ -40,9 +40,10 @@ from benchmarks.page_rules import DEMO, PHOTOS, Rule, rule_of, treated
 from benchmarks.pages import PAGES, all_commands, broken_links, links
 from benchmarks.processes import ProcessWatch, fresh_environment
 from benchmarks.stand_ins import LOOPBACK, keep_outputs, web, write_inputs
+from cogview.errors import ConfigError
 from cogview.evaluation.human_votes import SCALES
 from cogview.shards.manifest import read_json
-from pipelines.runtime.jobs import COMPLETE_NAME
+from pipelines.runtime.chain import output_of
 
 BARS = (
     Bar(figure="commands", op=">", value=50),
@@ -119,7 +120,7 @@ class Room:
                 words = self._folders_named(treated(command, inputs=self.inputs, places=places))
                 say(f"{log.name}: {words}")
                 error = self._ask(words, log) if rule.is_server else self._finish(words, log)
-        except UnmeasuredError as reason:
+        except (UnmeasuredError, ConfigError) as reason:
             error = str(reason)
         self.end_processes(seconds=GRACE_S)
         if error:
@@ -182,15 +183,11 @@ class Room:
 
     def _folders_named(self, words: str) -> str:
         """`runs/smoke/generate/4be1...` as the folder of that job in the chain that ran last, or else the newest."""
-        return NEWEST.sub(lambda found: str(self._newest(self.checkout / found[1], job=found[2])), words)
 
-    def _newest(self, root: Path, *, job: str) -> Path:
-        chain = read_json(root / "chain.json")["stages"] if (root / "chain.json").is_file() else []
-        in_chain = [root / stage["output"] for stage in chain if stage["job"] == job and stage.get("output")]
-        done = [path.parent for path in (root / job).glob(f"*/{COMPLETE_NAME}")]
-        if not done:
-            raise UnmeasuredError(f"{root} has no output of {job}")
-        return in_chain[0] if in_chain else max(done, key=lambda path: (path / COMPLETE_NAME).stat().st_mtime_ns)
+        def folder(found: re.Match[str]) -> str:
+            return str(output_of(found[2], flag="--root", root=self.checkout / found[1]))
+
+        return NEWEST.sub(folder, words)
 
     @contextmanager
     def _cluster(self) -> Iterator[str]:

@@ -7,7 +7,6 @@ random order is that of training. Ray Data reads Parquet, for it reads no Arrow 
 WebDataset reads a tenth of the rows on one core, from tars with one member for each array.
 """
 
-import io
 import sys
 import tarfile
 import tempfile
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import webdataset
 
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
+from cogview.records.tars import add_file
 from cogview.shards.manifest import ShardEntry, shard_name, write_manifest
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenShards
@@ -140,9 +140,7 @@ def write_tars(folder: Path, shards: TokenShards, *, rows: int) -> None:
         with tarfile.open(folder / shard_name(shard, "tar"), "w") as tar:
             for key, ids, codes in zip(found.keys, found.text_ids, found.image_codes, strict=True):
                 for suffix, array in (("codes", codes), ("ids", ids)):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = array.nbytes
-                    tar.addfile(member, io.BytesIO(array.tobytes()))
+                    add_file(tar, f"{key}.{suffix}", array.tobytes())
 
 
 def write_parquet(folder: Path, shards: TokenShards) -> None:

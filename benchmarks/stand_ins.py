@@ -27,6 +27,7 @@ from benchmarks.tiny_clip import write_clip
 from cogview.evaluation.inception_network import InceptionNetwork
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.released import save_released_gpt
+from cogview.records.tars import add_file
 from cogview.scenes.scene import CaptionedScene, corpus, draw_scene
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.released import save_released_vqvae
@@ -137,9 +138,7 @@ def write_tars(rows: Sequence[CaptionedScene], folder: Path) -> None:
                     "json": json.dumps(fields).encode(),
                 }
                 for suffix, data in members.items():
-                    member = tarfile.TarInfo(f"{row.number:09d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_file(tar, f"{row.number:09d}.{suffix}", data)
 
 
 def write_tables(rows: Sequence[CaptionedScene], folder: Path) -> None:

@@ -12,7 +12,6 @@ than under that of another; 0.5 is chance. The data lie beside the checkout, in 
 """
 
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -36,7 +35,7 @@ from cogview.evaluation.style_judge import StyleJudge, train_judge
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.styles import style_name
-from cogview.records.tars import read_foreign_tar
+from cogview.records.tars import add_file, read_foreign_tar
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import LAYOUT, TextToImage
 from cogview.sequences.batch import SequenceConfig, build_batch
@@ -158,8 +157,8 @@ def split_data(*, side: int) -> Iterator[Emoji]:
                     if item.style not in tars:
                         tars[item.style] = files.enter_context(tarfile.open(REPOSITORY / tar_of(item.style), "w"))
                     document = {"captions": [item.name, f"A {item.name}"], "style": item.style}
-                    add(tars[item.style], f"{sample.key}.png", sample.image_bytes)
-                    add(tars[item.style], f"{sample.key}.json", json.dumps(document).encode())
+                    add_file(tars[item.style], f"{sample.key}.png", sample.image_bytes)
+                    add_file(tars[item.style], f"{sample.key}.json", json.dumps(document).encode())
 
 
 def tar_of(style: str) -> Path:
@@ -306,13 +305,6 @@ def finetune(data: Path, *flags: str) -> Path:
     run_job("finetune_style", "--data", str(data), *flags, root=ROOT)
     (output,) = set(jobs.iterdir()) - before
     return output
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add bytes to a tar under a name."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def digest(text: str) -> int:

@@ -20,7 +20,7 @@ from cogview.shards.manifest import read_json
 from pipelines.judging.ballots import VOTES_FOLDER, VOTES_NAME, Ballots, Share
 from pipelines.judging.booth import Booth
 from pipelines.judging.study import STUDY, Study, StudyConfig
-from pipelines.runtime.chain import chain_outputs, fill_from_chain, latest_output, show_finished
+from pipelines.runtime.chain import fill_from_chain, latest_output, output_of, show_finished
 from pipelines.runtime.display import open_display
 from pipelines.runtime.flags import Order
 from pipelines.runtime.jobs import CONFIG_NAME, Finished, digest_input, run_job
@@ -154,10 +154,7 @@ def latest_models(root: Path) -> dict[str, Path]:
 
     A prompt drawn by hand since then is no study. ConfigError only when there is no picture at all.
     """
-    drawn = None
-    with suppress(ConfigError):
-        drawn = chain_outputs(root).get("generate")
-    drawn = drawn or latest_output("generate", flag="--models NAME=", root=root)
+    drawn = output_of("generate", flag="--models NAME=", root=root)
     models = {LATEST["generate"]: drawn}
     with suppress(ConfigError):
         magnified = latest_output("super_resolve", flag="--models NAME=", root=root)

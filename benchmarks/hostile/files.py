@@ -1,6 +1,5 @@
 """Bad files: tars, tables, lists, shards and manifests, written to a folder, and what must be said of each."""
 
-import io
 import json
 import pickle
 import struct
@@ -21,7 +20,7 @@ from cogview.errors import CogViewError
 from cogview.records.opt_out import read_opt_out
 from cogview.records.pair import Failure
 from cogview.records.tables import inspect_table, read_table, require_captions
-from cogview.records.tars import read_foreign_tar
+from cogview.records.tars import add_file, read_foreign_tar
 from cogview.shards.manifest import ShardEntry, file_record, read_manifest, write_manifest
 from cogview.shards.reader import TokenShards
 from cogview.shards.schema import TokenOrigin
@@ -70,7 +69,7 @@ def _tars(folder: Path) -> list[Verdict]:
     with tarfile.open(path, "w") as tar:
         for _, _, members in samples:
             for name, data in members:
-                _add(tar, name, data)
+                add_file(tar, name, data)
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
             member = tarfile.TarInfo(f"special{kind.decode()}.png")
             member.type, member.linkname = kind, "/etc/passwd"
@@ -177,12 +176,6 @@ def _canary(folder: Path) -> list[Verdict]:
 
 def _pickles(target: Path) -> list[tuple[str, bytes]]:
     return [(f"p.{suffix}", pickle.dumps(Payload(target))) for suffix in ("pkl", "pyd", "pth", "pickle")]
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def _parquet(table: pa.Table) -> Callable[[Path], object]:

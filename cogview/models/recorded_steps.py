@@ -29,7 +29,7 @@ class RecordedSteps:
         batch, heads, length, head_size = keys.shape
         self._hidden_BE = keys.new_zeros(batch, heads * head_size)
         self._place_1 = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        self._limits_B11K = keys.new_full((batch, 1, 1, length), -torch.inf)
+        self._limits_B11K = keys.new_empty(batch, 1, 1, length)
         self._recordings: dict[int, Work] = {}
 
     def __call__(self, hidden_BE: Tensor, *, filled: int, allowed: Tensor | None) -> Tensor:
@@ -41,13 +41,13 @@ class RecordedSteps:
         end, length = filled + 1, self._limits_B11K.shape[-1]
         self._hidden_BE.copy_(hidden_BE)
         self._place_1.fill_(filled)
-        limits_B11K = self._limits_B11K[..., :end]
-        limits_B11K.zero_()
-        if allowed is not None and allowed.dtype == torch.bool:
-            limits_B11K.masked_fill_(~allowed, -torch.inf)
-        elif allowed is not None:
+        limits_B11K = self._limits_B11K.fill_(-torch.inf)[..., :end]  # all of it: a cache may be filled anew
+        if allowed is None:
+            limits_B11K.zero_()
+        elif allowed.dtype == torch.bool:
+            limits_B11K.masked_fill_(allowed, 0.0)
+        else:
             limits_B11K.copy_(allowed)
-        self._limits_B11K[..., end:] = -torch.inf  # a cache may be filled anew
         room = min(length, -(-end // ROUND) * ROUND)
         if room not in self._recordings:
             self._recordings[room] = recorded(lambda: self._advance(room), device=hidden_BE.device)

@@ -145,9 +145,9 @@ def write_pairs(file: BinaryIO, pairs: Iterable[TextImagePair]) -> int:
             suffix = "png" if pair.image_bytes.startswith(b"\x89PNG") else "jpg"
             document = {**pair.extra, "captions": list(pair.captions), "source": pair.source}
             encoded = json.dumps(document, ensure_ascii=False, sort_keys=True).encode("utf-8", errors="replace")
-            _add(tar, f"{pair.key}.{suffix}", pair.image_bytes)
-            _add(tar, f"{pair.key}.json", encoded)
-            _add(tar, f"{pair.key}.txt", pair.text.encode())
+            add_file(tar, f"{pair.key}.{suffix}", pair.image_bytes)
+            add_file(tar, f"{pair.key}.json", encoded)
+            add_file(tar, f"{pair.key}.txt", pair.text.encode())
             count += 1
     return count
 
@@ -178,7 +178,8 @@ def _own_pair(key: str, image: bytes, document: dict[str, Any]) -> TextImagePair
     return TextImagePair(key=key, captions=captions, image_bytes=image, source=source, extra=document)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add bytes to a tar under a name, with nothing of this machine or this moment."""
     member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names are empty
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

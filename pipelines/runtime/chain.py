@@ -207,6 +207,15 @@ def latest_output(job: str, *, flag: str, root: Path) -> Path:
     return max(done, key=lambda path: path.stat().st_mtime_ns).parent
 
 
+def output_of(job: str, *, flag: str, root: Path) -> Path:
+    """The output folder of a job in the chain that ran last under `root`, else of its last run (`latest_output`).
+
+    What was run by hand since then is not the chain's.
+    """
+    in_chain = chain_outputs(root).get(job) if (root / CHAIN_NAME).is_file() else None
+    return in_chain or latest_output(job, flag=flag, root=root)
+
+
 def score_words(scores: Mapping[str, Any]) -> str:
     """The first few scores as `psnr 24.1, dead_codes 3`."""
     shown = list(scores.items())[:SCORES_SHOWN]

@@ -121,12 +121,8 @@ class DrawShard:
 
     def load(self) -> tuple[TextToImage, Captioner | None]:
         """The painter and, if there is one, the captioner. VocabularyError if tokenizers are not those of training."""
-        painter, captioner = _load(
-            self.checkpoint, self.captioner, self.text_tokenizer, self.image_tokenizer, self.device
-        )
-        if self.is_recorded:
-            painter.model.record_steps()
-        return painter, captioner
+        models = self.checkpoint, self.captioner, self.text_tokenizer, self.image_tokenizer
+        return _load(*models, self.device, self.is_recorded)
 
     def _batches(self, orders: Sequence[Order]) -> Iterator[tuple[SamplingConfig, Sequence[Order]]]:
         """The orders in their order, in batches that are drawn alike."""
@@ -218,11 +214,18 @@ def _orders(inputs: Mapping[str, Any]) -> Iterator[Order]:
 
 @functools.lru_cache(maxsize=1)
 def _load(
-    checkpoint: Path, captioner: Path | None, text_tokenizer: Path, image_tokenizer: Path, device: str
+    checkpoint: Path,
+    captioner: Path | None,
+    text_tokenizer: Path,
+    image_tokenizer: Path,
+    device: str,
+    is_recorded: bool,
 ) -> tuple[TextToImage, Captioner | None]:
     painter = TextToImage.load(
         checkpoint, text_tokenizer=text_tokenizer, image_tokenizer=image_tokenizer, device=device
     )
+    if is_recorded:
+        painter.model.record_steps()
     if captioner is None:
         return painter, None
     return painter, Captioner.load(
