@@ -107,7 +107,7 @@ def measure(*, pictures: int) -> Figures:
 
 def complete(completer: Completer, picture: Tensor, mask: Tensor, *, seam: int, seed: int) -> Tensor:
     """One completion, uint8 [3, H, W]."""
-    drawn_BCHW = completer.complete(
+    drawn = completer.complete(
         picture,
         mask,
         caption="a large red circle",
@@ -115,7 +115,7 @@ def complete(completer: Completer, picture: Tensor, mask: Tensor, *, seam: int, 
         config=CompletionConfig(seam=seam),
         sampling=HierarchicalSampling(by_clusters=False),
     )
-    return drawn_BCHW[0]
+    return drawn.pictures_BCHW[0]
 
 
 def boxes(generator: np.random.Generator) -> Iterator[tuple[str, Box]]:

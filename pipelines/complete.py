@@ -1,10 +1,11 @@
-"""Draw a part of a picture anew, as a caption says: text-guided completion with CogLM (CogView2).
+"""Draw a part of a picture anew, as a caption says, and put candidates in the order in which it can be read off them.
 
 Command: make complete IMAGE=/photo.jpg BOX="0.2 0.3 0.7 0.8" PROMPT="a large red circle"
          python -m pipelines complete smoke --requests FOLDER
 Reads:   the output of pretrain_coglm, its tokenizers and, for pictures larger than it draws, the outputs of
          finetune_direct_sr and finetune_iterative_sr; pictures, with a box and a caption for each
-Writes:  samples/000000.png ..., samples.parquet (caption, picture, box, seed of each), sheet.png (before | after)
+Writes:  samples/000000.png ..., samples.parquet (caption, picture, box, seed, CapLoss, rank of each), sheet.png
+         (before | candidates, the best first)
 Time:    smoke: some seconds a picture on two cores
 """
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
+from cogview.evaluation.caption_loss import score_pairs
 from cogview.evaluation.grids import Tile, draw_sheet
+from cogview.evaluation.reranking import ranking
 from cogview.records.folders import read_image_file
 from cogview.records.images import decode_image
 from cogview.records.pair import Unusable
@@ -57,8 +60,9 @@ class Config:
     image, box, prompt: a picture; top, left, bottom and right of its part in shares from 0 to 1; the caption.
     requests: a folder of pictures instead, with a file `requests.tsv`: a line for each request with caption, picture,
     top, left, bottom and right, and tabs between, as in the release.
-    candidates: pictures drawn for each request; seed: of the whole run. completion: the square that is read, and the
-    seam; filling, hierarchical: how codes are chosen in the small picture and by the stages.
+    candidates: pictures drawn for each request, in the order in which the same weights find its caption likely for
+    them (CogView2's post-selection); seed: of the whole run. completion: the square that is read, and the seam;
+    filling, hierarchical: how codes are chosen in the small picture and by the stages.
     """
 
     checkpoint: Path | None = input_field(default=None)
@@ -125,20 +129,24 @@ def main(config: Config, run: JobRun) -> None:
     tiles: list[Tile] = []
     for number, request in enumerate(requests):
         seeds = [_seed(config.seed, number, candidate) for candidate in range(config.candidates)]
-        pictures = complete(request, completer, seeds=seeds, config=config)
-        for seed, picture in zip(seeds, pictures, strict=True):
-            rows.append(_row(request, index=len(rows), seed=seed, checkpoint=run.inputs["checkpoint"]))
-            save_picture(picture, run.output / rows[-1]["path"])
-        tiles.append(Tile(images=(with_box(request), *pictures), caption=request.prompt, fallback=request.source))
+        pictures, losses = complete(request, completer, seeds=seeds, config=config)
+        order = ranking(losses)
+        for candidate, picture in enumerate(pictures):
+            row = _row(request, index=len(rows), seed=seeds[candidate], checkpoint=run.inputs["checkpoint"])
+            rows.append({**row, "cap_loss": losses[candidate], "rank": order.index(candidate)})
+            save_picture(picture, run.output / row["path"])
+        shown = (with_box(request), *(pictures[candidate] for candidate in order))
+        tiles.append(Tile(images=shown, caption=request.prompt, fallback=request.source))
         run.progress(number + 1, len(requests), "pictures")
     with atomic_file(run.output / TABLE_NAME) as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
-    sheet = draw_sheet(tiles[:SHEET_ROWS], title="before | completed", columns=1)
+    sheet = draw_sheet(tiles[:SHEET_ROWS], title="before | completed, the best first", columns=1)
     save_picture(sheet, run.output / SHEET_NAME)
     run.tracker.log_image(sheet, SHEET_NAME)
     run.tracker.log_table(rows, "samples.json")
     run.scores["samples"] = len(rows)
-    run.say(f"{len(rows)} pictures: {run.output / SHEET_NAME}")
+    run.scores["cap_loss_of_best"] = sum(row["cap_loss"] for row in rows if row["rank"] == 0) / len(requests)
+    run.say(f"{len(rows)} pictures, the best of each request first: {run.output / SHEET_NAME}")
 
 
 def resolve(config: Config, *, root: Path) -> Config:
@@ -159,18 +167,22 @@ def completer_of(config: Config) -> Completer:
     return load_completer(folders, filling=config.filling, device=config.device)
 
 
-def complete(request: Request, completer: Completer, *, seeds: Sequence[int], config: Config) -> list[Image.Image]:
-    """The picture completed, once for each seed."""
-    picture_CHW = _bytes_of(request.picture)
-    drawn_BCHW = completer.complete(
-        picture_CHW,
+def complete(
+    request: Request, completer: Completer, *, seeds: Sequence[int], config: Config
+) -> tuple[list[Image.Image], list[float]]:
+    """The picture completed, once for each seed, and the CapLoss of its caption for each, by the same weights."""
+    assert completer.captioner is not None, "load_completer always gives one"
+    drawn = completer.complete(
+        _bytes_of(request.picture),
         request.box.mask(request.picture.height, request.picture.width),
         caption=request.prompt,
         seeds=seeds,
         config=config.completion,
         sampling=config.hierarchical,
     )
-    return [Image.fromarray(drawn_CHW.permute(1, 2, 0).numpy()) for drawn_CHW in drawn_BCHW]
+    scores = score_pairs(completer.captioner, [request.prompt] * len(seeds), drawn.codes_Bgg)
+    pictures = [Image.fromarray(drawn_CHW.permute(1, 2, 0).numpy()) for drawn_CHW in drawn.pictures_BCHW]
+    return pictures, [score.cap_loss for score in scores]
 
 
 def read_requests(config: Config) -> Iterator[Request]:
@@ -252,4 +264,4 @@ def _seed(seed: int, number: int, candidate: int) -> int:
     return int.from_bytes(hashlib.sha256(f"complete:{seed}:{number}:{candidate}".encode()).digest()[:6], "big")
 
 
-JOB = Job(name="complete", version=1, products=(TABLE_NAME, SHEET_NAME), main=main)
+JOB = Job(name="complete", version=2, products=(TABLE_NAME, SHEET_NAME), main=main)

@@ -3,7 +3,8 @@
 In: a picture of any size, a mask of its pixels, a caption, seeds. Out: the picture with the masked part drawn, once for
 each seed. A square around the mask becomes codes; those under the mask are drawn by a model that sees the others
 (`Fill`, CogLM's own way). Where the square has more pixels than those codes show, both super-resolution stages draw the
-part at their size, between the codes of the picture itself; then it is scaled back and pasted.
+part at their size, between the codes of the picture itself; then it is scaled back and pasted. The small picture's
+codes come with it: by them a captioner can say which candidate shows its caption best.
 
 Pixels outside of the mask stay bit by bit as they are, but for a seam of some pixels around it, in which the new
 picture fades into the old one. The release instead passes the whole picture through its tokenizer once more, which
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.errors import ConfigError
+from cogview.sampling.captioning import CaptionModel
 from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
 from cogview.sampling.masks import Square, fading, hidden_codes, square_around
 from cogview.tokenizers.stored import AnyImageTokenizer
@@ -52,13 +54,25 @@ class CompletionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Candidates. pictures_BCHW: uint8 [B, 3, H, W]; codes_Bgg: of the small square, int64 [B, g, g]."""
+
+    pictures_BCHW: Tensor
+    codes_Bgg: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completer:
-    """fill: draws the small picture's codes, `grid` along a side; magnifier: both stages, or None to leave it small."""
+    """fill: draws the small picture's codes, `grid` along a side; magnifier: both stages, or None to leave it small.
+
+    captioner: what can name those codes, to rank candidates by; `complete` does without.
+    """
 
     fill: Fill
     image_tokenizer: AnyImageTokenizer
     grid: int
     magnifier: HierarchicalMagnifier | None = None
+    captioner: CaptionModel | None = None
 
     def __post_init__(self) -> None:
         if self.magnifier is not None and self.magnifier.side != self.grid:
@@ -83,8 +97,8 @@ class Completer:
         config: CompletionConfig,
         sampling: HierarchicalSampling,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Pictures uint8 [B, 3, H, W], one for each seed, of one picture uint8 [3, H, W] and a bool mask of it.
+    ) -> Completion:
+        """A candidate for each seed, of one picture uint8 [3, H, W] and a bool mask of it.
 
         progress: called with (calls of the super-resolution stages done, calls). ConfigError for an empty mask, one of
         another size than the picture, or no seeds.
@@ -99,10 +113,13 @@ class Completer:
         square = square_around(mask_HW, context=config.context, smallest=self.small_side)
         pixels_CSS = square.cut(picture_CHW.float() / 255)
         mask_SS = _cut_mask(mask_HW, square)
-        drawn_BCSS = self.draw_square(
+        codes_Bgg, drawn_BCSS = self.draw_square(
             pixels_CSS, mask_SS, caption=caption, seeds=seeds, sampling=sampling, progress=progress
         )
-        return paste(drawn_BCSS, picture_CHW, square=square, strength_HW=fading(mask_HW, seam=config.seam))
+        strength_HW = fading(mask_HW, seam=config.seam)
+        return Completion(
+            pictures_BCHW=paste(drawn_BCSS, picture_CHW, square=square, strength_HW=strength_HW), codes_Bgg=codes_Bgg
+        )
 
     def draw_square(
         self,
@@ -113,8 +130,11 @@ class Completer:
         seeds: Sequence[int],
         sampling: HierarchicalSampling,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """The square with what is masked drawn, float [B, 3, S, S] in [0, 1]; the rest is as the tokenizer has it."""
+    ) -> tuple[Tensor, Tensor]:
+        """The small picture's codes int64 [B, g, g], and the square with what is masked drawn.
+
+        The square is float [B, 3, S, S] in [0, 1]; what is not masked is as the tokenizer has it.
+        """
         captions, batch = [caption] * len(seeds), len(seeds)
         side = pixels_CSS.shape[-1]
         hidden_gg = hidden_codes(mask_SS, grid=self.grid)
@@ -123,7 +143,7 @@ class Completer:
             captions, codes_gg.repeat(batch, 1, 1), hidden_gg.to(codes_gg.device).repeat(batch, 1, 1), seeds=seeds
         )
         if self.magnifier is None or side <= self.small_side:
-            return _scaled(self.image_tokenizer.decode(codes_Bgg).cpu(), side=side)
+            return codes_Bgg, _scaled(self.image_tokenizer.decode(codes_Bgg).cpu(), side=side)
         large = self.grid * self.magnifier.scale
         known_1GG = self._encode(pixels_CSS, side=large * self.image_tokenizer.stride)
         inside_GG = hidden_codes(mask_SS, grid=large)
@@ -136,7 +156,7 @@ class Completer:
             inside_BGG=inside_GG.repeat(batch, 1, 1),
             progress=progress,
         )
-        return _scaled(self.magnifier.decode(drawn_BGG).cpu(), side=side)
+        return codes_Bgg, _scaled(self.magnifier.decode(drawn_BGG).cpu(), side=side)
 
     def _encode(self, pixels_CSS: Tensor, *, side: int) -> Tensor:
         """Codes int64 [1, g, g] of a square, scaled to `side` pixels."""

@@ -103,7 +103,7 @@ class Studio:
         """A picture with a part of it drawn anew."""
         assert self.completer is not None, "the server offers this only with a completer"
         height, width, _ = order.pixels_HWC.shape
-        drawn_1CHW = self.completer.complete(
+        drawn = self.completer.complete(
             torch.from_numpy(order.pixels_HWC.copy()).permute(2, 0, 1),
             order.box.mask(height, width),
             caption=order.prompt,
@@ -112,7 +112,7 @@ class Studio:
             sampling=self.hierarchical,
             progress=progress,
         )
-        picture = Image.fromarray(drawn_1CHW[0].permute(1, 2, 0).numpy())
+        picture = Image.fromarray(drawn.pictures_BCHW[0].permute(1, 2, 0).numpy())
         facts = {"prompt": order.prompt.encode("utf-8", "replace").decode(), "seed": str(order.seed)}
         return Picture(png=to_png(picture, facts=facts), seed=order.seed, codes=())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
+from cogview.sampling.coglm_captioning import CogLMCaptioner
 from cogview.sampling.completion import Completer
 from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier
 from pipelines.runtime.chain import fill_from_chain, latest_output
@@ -76,6 +77,7 @@ def load_completer(folders: CompleterFolders, *, filling: CogLMSampling, device:
         image_tokenizer=coglm.image_tokenizer,
         grid=coglm.layout.grid,
         magnifier=magnifier,
+        captioner=CogLMCaptioner.of(coglm),
     )
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from cogview.errors import ConfigError
+from cogview.evaluation.caption_loss import score_pairs
+from cogview.evaluation.grids import GUTTER, MARGIN, STRIP_GAP, TITLE_SIZE
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
-from pipelines.complete import JOB, Config, completer_of, main, resolve
+from pipelines.complete import JOB, Config, completer_of, main, read_requests, resolve
 from pipelines.runtime.jobs import run_job
 from tests.pipelines.job_runs import ShownRun, open_run
 from tests.pipelines.pair_folders import QuietDisplay
@@ -20,6 +23,7 @@ from tests.sampling.small_coglm import write_small_coglm
 
 PLAIN = CogLMSampling(by_clusters=False, tokens=SamplingConfig(top_k=0))
 BOX = (0.25, 0.25, 0.75, 0.5)
+PICTURE_SIDE = 160  # on a sheet
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,32 @@ def test_a_picture_is_completed_in_its_box(config: Config, run_root: Path) -> No
     assert not np.array_equal(*after)
     assert Image.open(done.output / "sheet.png").width > 3 * 160
     assert run_job(JOB, config, root=run_root, display=QuietDisplay()).was_done
+
+
+def test_candidates_are_in_the_order_in_which_their_caption_is_likely(config: Config, tmp_path: Path) -> None:
+    _, rows = completed(replace(config, candidates=4), tmp_path)
+    completer = completer_of(config)
+    assert completer.captioner is not None
+    [request] = read_requests(config)
+    drawn = completer.complete(
+        torch.from_numpy(np.array(request.picture)).permute(2, 0, 1),
+        request.box.mask(60, 80),
+        caption="a red dot",
+        seeds=[int(str(row["seed"])) for row in rows],
+        config=config.completion,
+        sampling=config.hierarchical,
+    )
+    scores = score_pairs(completer.captioner, ["a red dot"] * 4, drawn.codes_Bgg)
+    assert [row["cap_loss"] for row in rows] == pytest.approx([score.cap_loss for score in scores])
+    assert len({row["cap_loss"] for row in rows}) == 4
+    ranked = sorted(rows, key=lambda row: float(str(row["cap_loss"])))
+    assert [row["rank"] for row in ranked] == [0, 1, 2, 3]
+    sheet = Image.open(tmp_path / "sheet.png")
+    for place, row in enumerate(ranked, start=1):
+        left, top = MARGIN + place * (PICTURE_SIDE + STRIP_GAP), MARGIN + TITLE_SIZE + GUTTER
+        shown = sheet.crop((left, top, left + PICTURE_SIDE, top + PICTURE_SIDE * 60 // 80))
+        picture = Image.open(tmp_path / str(row["path"])).resize(shown.size, Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(shown), np.asarray(picture))
 
 
 def requests_in(folder: Path, *lines: str) -> Path:

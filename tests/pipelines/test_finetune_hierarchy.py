@@ -213,7 +213,7 @@ def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
     fill = partial(coglm.fill, sampling=CogLMSampling(by_clusters=False))
     completer = Completer(fill=fill, image_tokenizer=coglm.image_tokenizer, grid=COGLM_GRID, magnifier=magnifier)
     pixels, box = torch.zeros(3, 64, 64, dtype=torch.uint8), Box(top=0.1, left=0.1, bottom=0.9, right=0.9)
-    [drawn] = completer.complete(
+    drawn = completer.complete(
         pixels,
         box.mask(64, 64),
         caption="a red dot",
@@ -221,7 +221,8 @@ def test_a_coglm_is_a_backbone_too(direct, iterative, tmp_path: Path) -> None:
         config=CompletionConfig(),
         sampling=HierarchicalSampling(by_clusters=False),
     )
-    assert bool(drawn[:, 20:40, 20:40].any())
+    assert drawn.codes_Bgg.shape == (1, COGLM_GRID, COGLM_GRID)
+    assert bool(drawn.pictures_BCHW[0, :, 20:40, 20:40].any())
 
 
 @pytest.mark.ray
