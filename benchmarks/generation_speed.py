@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.cogview_memory import CogViewMemory
 from benchmarks.harness import Bar, Figures, UnmeasuredError, argument_parser, say, verify
 from benchmarks.rivals import installed
 from benchmarks.train_speed import HEADS, IMAGE_IDS, IMAGE_SIDE, LAYERS, RIVALS, TEXT, TEXT_IDS, WIDTH, dalle_model
-from cogview.models.gpt import GPT, Block, GPTConfig
+from cogview.models.gpt import GPT, GPTConfig
 from cogview.sampling.autoregressive import generate_codes
 from cogview.sampling.choice import SamplingConfig, choose, uniform_draws
 from cogview.sequences.layout import TASKS
@@ -130,42 +131,14 @@ def cogview_codes(model: GPT, batch: int) -> Tensor:
     """Codes [B, T] the released way: only the layers' inputs are kept, and all ids are scored."""
     draws = uniform_draws(list(range(batch)), length=NUM_TOKENS, device=torch.device("cpu"))
     ids, start = torch.tensor(prompts(batch)), 0
-    kept: list[Tensor] = [torch.empty(batch, 0, WIDTH)] * LAYERS
+    memory = CogViewMemory(model, batch=batch)
     codes: list[Tensor] = []
     for token in range(NUM_TOKENS):
         positions = torch.arange(start, start + ids.shape[1]).expand(batch, -1)
-        hidden = model.word_embeddings(ids) + model.transformer.position_embeddings(positions)
-        for index, layer in enumerate(model.transformer.layers):
-            known = torch.cat([kept[index], hidden], dim=1)
-            hidden = block_with_memory(layer, hidden, memory=kept[index])
-            kept[index] = known
-        logits = model.transformer.final_layernorm(hidden[:, -1]) @ model.word_embeddings.weight.T
+        logits = memory.read(ids, positions) @ model.word_embeddings.weight.T
         codes.append(choose(logits[:, : VOCABULARY.image_ids.stop].float(), draws[:, token], config=SAMPLING))
         start, ids = start + ids.shape[1], codes[-1][:, None]
     return torch.stack(codes, dim=1)
-
-
-def block_with_memory(block: nn.Module, hidden: Tensor, *, memory: Tensor) -> Tensor:
-    """A layer [B, L, E] -> [B, L, E] that normalises and projects what it remembers [B, K, E] once more."""
-    assert isinstance(block, Block)
-    batch, length, width = hidden.shape
-    known = torch.cat([block.input_layernorm(memory), block.input_layernorm(hidden)], dim=1)
-    attention, mlp = block.attention, block.mlp
-    parts = product(known, attention.query_key_value).view(batch, known.shape[1], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = parts.unbind(0)
-    allowed = torch.ones(length, known.shape[1], dtype=torch.bool).tril(known.shape[1] - length)
-    attended = nn.functional.scaled_dot_product_attention(q[:, :, -length:], k, v, attn_mask=allowed)
-    merged = product(attended.transpose(1, 2).reshape(batch, length, width), attention.dense)
-    hidden = hidden + block.third_layernorm(merged)
-    wide = product(block.post_attention_layernorm(hidden), mlp.dense_h_to_4h)
-    narrow = product(nn.functional.gelu(wide, approximate="tanh"), mlp.dense_4h_to_h)
-    widened: Tensor = block.fourth_layernorm(narrow)
-    return hidden + widened
-
-
-def product(rows: Tensor, layer: nn.Linear) -> Tensor:
-    """What a linear layer gives, by torch's own choice of a library."""
-    return nn.functional.linear(rows, layer.weight, layer.bias)
 
 
 def gpt2() -> Draw:
