@@ -4,8 +4,8 @@ Command: make verify NAME=lopar [ARGS="--only counts road"]
 *Counts*: how many codes each pass of LoPAR draws of 60 x 60, as the sampler asks its model, against the numbers of
 CogView2's release; calls of the model. *Road*: from captions to pictures of 60 x 60 codes, in the same run with models
 of equal layers and width: CogView's road draws 30 x 30 codes one by one and magnifies them with windows, as its release
-does; CogView2's draws 20 x 20 codes one by one, then the direct stage and the six passes of the iterative one. CogView's
-road is gone twice: with the keys and values that we keep of each window, and as the release computes it, which keeps
+does; CogView2's draws 20 x 20 codes, then the direct stage and the six passes of the iterative one. CogView's road is
+gone twice: with the keys and values that we keep of each window, and as the release computes it, which keeps
 the layers' inputs and projects all of them anew for every code. Super-resolution is compared by itself, from small
 picture to large one, and the whole road from the caption; beside seconds there are those of the processor, which other
 work on the machine does not change. Weights are new: what a model draws changes no step of either road. Operations are
