@@ -44,7 +44,7 @@ from pipelines.tasks.drawing import save_picture
 SAMPLES_FOLDER = "samples"
 TABLE_NAME = "samples.parquet"
 SHEET_NAME = "sheet.png"
-SHEET_ROWS = 12
+SHEET_ROWS, CANDIDATES_SHOWN = 12, 8
 REQUESTS_NAME = "requests.tsv"
 COLUMNS = 6  # of a line of requests
 MARKED = (220, 30, 30)
@@ -76,7 +76,7 @@ class Config:
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     prompt: str = ""
     magnifies: bool = True
-    candidates: int = 4
+    candidates: int = 8
     seed: int = 0
     completion: CompletionConfig = field(default_factory=CompletionConfig)
     filling: CogLMSampling = field(default_factory=CogLMSampling)
@@ -99,7 +99,8 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12)),
+        # Bold enough that candidates differ, so that there is something to choose from.
+        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.5, top_k=12)),
         hierarchical=HierarchicalSampling(
             by_clusters=False,
             tokens=SamplingConfig(temperature=0.2, top_k=12),
@@ -135,7 +136,7 @@ def main(config: Config, run: JobRun) -> None:
             row = _row(request, index=len(rows), seed=seeds[candidate], checkpoint=run.inputs["checkpoint"])
             rows.append({**row, "cap_loss": losses[candidate], "rank": order.index(candidate)})
             save_picture(picture, run.output / row["path"])
-        shown = (with_box(request), *(pictures[candidate] for candidate in order))
+        shown = (with_box(request), *(pictures[candidate] for candidate in order[:CANDIDATES_SHOWN]))
         tiles.append(Tile(images=shown, caption=request.prompt, fallback=request.source))
         run.progress(number + 1, len(requests), "pictures")
     with atomic_file(run.output / TABLE_NAME) as file:
