@@ -95,7 +95,7 @@ SMOKE = replace(
     loop=LoopConfig(
         num_steps=9000,
         global_batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=8e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
+        optimizer=OptimizerConfig(learning_rate=5e-3, weight_decay=1.0, warmup_share=0.05, final_share=0.02),
         log_every=20,
         validate_every=1000,
         checkpoint_every=500,
