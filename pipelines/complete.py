@@ -24,7 +24,6 @@ from torch import Tensor
 
 from cogview.config import input_field, require_positive, runtime_field
 from cogview.errors import ConfigError
-from cogview.evaluation.caption_loss import score_pairs
 from cogview.evaluation.grids import Tile, draw_sheet
 from cogview.evaluation.reranking import ranking
 from cogview.records.folders import read_image_file
@@ -170,9 +169,8 @@ def completer_of(config: Config) -> Completer:
 
 def complete(
     request: Request, completer: Completer, *, seeds: Sequence[int], config: Config
-) -> tuple[list[Image.Image], list[float]]:
+) -> tuple[list[Image.Image], tuple[float, ...]]:
     """The picture completed, once for each seed, and the CapLoss of its caption for each, by the same weights."""
-    assert completer.captioner is not None, "load_completer always gives one"
     drawn = completer.complete(
         _bytes_of(request.picture),
         request.box.mask(request.picture.height, request.picture.width),
@@ -181,9 +179,8 @@ def complete(
         config=config.completion,
         sampling=config.hierarchical,
     )
-    scores = score_pairs(completer.captioner, [request.prompt] * len(seeds), drawn.codes_Bgg)
     pictures = [Image.fromarray(drawn_CHW.permute(1, 2, 0).numpy()) for drawn_CHW in drawn.pictures_BCHW]
-    return pictures, [score.cap_loss for score in scores]
+    return pictures, drawn.cap_losses
 
 
 def read_requests(config: Config) -> Iterator[Request]:

@@ -53,10 +53,10 @@ class Config:
     host, port: where to listen (port 0: any free one); another host than this machine's own needs token_file, a file
     with a secret of 16 characters or more that every client has to send; names: host names under which it is asked for.
     sampling: of a request that does not say; magnify_sampling: of super-resolution; filling, hierarchical: of
-    completion and its stages. max_candidates: of one request;
-    max_prompt: characters. batch_size: pictures drawn at once, from several requests; max_waiting: requests in the
-    queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the machine;
-    is_recorded: as in generate.
+    completion and its stages; completions: drawn for a request, of which the best is shown. max_candidates: of one
+    request; max_prompt: characters. batch_size: pictures drawn at once, from several requests; max_waiting: requests
+    in the queue, more are sent away with 429; timeout: seconds from a request to its answer. device, threads: the
+    machine; is_recorded: as in generate.
     """
 
     checkpoint: Path | None = input_field(default=None)
@@ -73,6 +73,7 @@ class Config:
     magnify_sampling: SamplingConfig = field(default_factory=lambda: SAMPLING)
     filling: CogLMSampling = field(default_factory=CogLMSampling)
     hierarchical: HierarchicalSampling = field(default_factory=HierarchicalSampling)
+    completions: int = 8
     max_candidates: int = 8
     max_prompt: int = 1000
     batch_size: int = 12
@@ -83,7 +84,7 @@ class Config:
     is_recorded: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_candidates", "max_prompt", "batch_size", "max_waiting", "threads")
+        require_positive(self, "completions", "max_candidates", "max_prompt", "batch_size", "max_waiting", "threads")
         if self.max_candidates > self.batch_size:
             raise ConfigError(
                 f"max_candidates={self.max_candidates} is more than batch_size={self.batch_size}: a request is drawn "
@@ -101,7 +102,7 @@ PRESETS: dict[str, Config] = {
         PAPER,
         sampling=SamplingConfig(temperature=0.5, top_k=12),  # a small model is less sure of what it knows
         magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),
-        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.2, top_k=12)),
+        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.5, top_k=12)),
         hierarchical=HierarchicalSampling(
             by_clusters=False,
             tokens=SamplingConfig(temperature=0.2, top_k=12),
@@ -141,6 +142,7 @@ def load_studio(config: Config, *, root: Path) -> Studio:
         magnify_sampling=config.magnify_sampling,
         completer=_completer(config, root=root),
         hierarchical=config.hierarchical,
+        completions=config.completions,
     )
 
 

@@ -3,8 +3,8 @@
 In: a picture of any size, a mask of its pixels, a caption, seeds. Out: the picture with the masked part drawn, once for
 each seed. A square around the mask becomes codes; those under the mask are drawn by a model that sees the others
 (`Fill`, CogLM's own way). Where the square has more pixels than those codes show, both super-resolution stages draw the
-part at their size, between the codes of the picture itself; then it is scaled back and pasted. The small picture's
-codes come with it: by them a captioner can say which candidate shows its caption best.
+part at their size, between the codes of the picture itself; then it is scaled back and pasted. Where there is
+a judge of the small pictures, candidates can be compared, or only the best one be finished.
 
 Pixels outside of the mask stay bit by bit as they are, but for a seam of some pixels around it, in which the new
 picture fades into the old one. The release instead passes the whole picture through its tokenizer once more, which
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from cogview.errors import ConfigError
-from cogview.sampling.captioning import CaptionModel
 from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
 from cogview.sampling.masks import Square, fading, hidden_codes, square_around
 from cogview.tokenizers.stored import AnyImageTokenizer
@@ -55,24 +54,24 @@ class CompletionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Candidates. pictures_BCHW: uint8 [B, 3, H, W]; codes_Bgg: of the small square, int64 [B, g, g]."""
+    """Candidates. pictures_BCHW: uint8 [B, 3, H, W]; cap_losses: of the caption for each, none without a judge."""
 
     pictures_BCHW: Tensor
-    codes_Bgg: Tensor
+    cap_losses: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completer:
     """fill: draws the small picture's codes, `grid` along a side; magnifier: both stages, or None to leave it small.
 
-    captioner: what can name those codes, to rank candidates by; `complete` does without.
+    judge: CapLoss of a caption for each of the small pictures, codes [B, g, g]; None to do without.
     """
 
     fill: Fill
     image_tokenizer: AnyImageTokenizer
     grid: int
     magnifier: HierarchicalMagnifier | None = None
-    captioner: CaptionModel | None = None
+    judge: Callable[[str, Tensor], Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.magnifier is not None and self.magnifier.side != self.grid:
@@ -96,12 +95,14 @@ class Completer:
         seeds: Sequence[int],
         config: CompletionConfig,
         sampling: HierarchicalSampling,
+        only_best: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Completion:
         """A candidate for each seed, of one picture uint8 [3, H, W] and a bool mask of it.
 
-        progress: called with (calls of the super-resolution stages done, calls). ConfigError for an empty mask, one of
-        another size than the picture, or no seeds.
+        only_best: finish only the one that the judge likes best (CogView2's post-selection); without a judge, the
+        first. progress: called with (calls of the super-resolution stages done, calls). ConfigError for an empty mask,
+        one of another size than the picture, or no seeds.
         """
         if picture_CHW.dtype != torch.uint8 or picture_CHW.shape != (3, *mask_HW.shape):
             raise ConfigError(
@@ -111,44 +112,46 @@ class Completer:
         if not len(seeds):
             raise ConfigError("no seeds: give one for each picture that is to be drawn")
         square = square_around(mask_HW, context=config.context, smallest=self.small_side)
-        pixels_CSS = square.cut(picture_CHW.float() / 255)
-        mask_SS = _cut_mask(mask_HW, square)
-        codes_Bgg, drawn_BCSS = self.draw_square(
-            pixels_CSS, mask_SS, caption=caption, seeds=seeds, sampling=sampling, progress=progress
+        pixels_CSS, mask_SS = square.cut(picture_CHW.float() / 255), _cut_mask(mask_HW, square)
+        codes_Bgg = self._filled(pixels_CSS, mask_SS, caption=caption, seeds=seeds)
+        losses = tuple(self.judge(caption, codes_Bgg)) if self.judge is not None else ()
+        if only_best:
+            best = losses.index(min(losses)) if losses else 0
+            codes_Bgg, seeds, losses = codes_Bgg[best : best + 1], [seeds[best]], losses[best : best + 1]
+        drawn_BCSS = self._finished(
+            codes_Bgg, pixels_CSS, mask_SS, caption=caption, seeds=seeds, sampling=sampling, progress=progress
         )
         strength_HW = fading(mask_HW, seam=config.seam)
-        return Completion(
-            pictures_BCHW=paste(drawn_BCSS, picture_CHW, square=square, strength_HW=strength_HW), codes_Bgg=codes_Bgg
-        )
+        pictures_BCHW = paste(drawn_BCSS, picture_CHW, square=square, strength_HW=strength_HW)
+        return Completion(pictures_BCHW=pictures_BCHW, cap_losses=losses)
 
-    def draw_square(
+    def _filled(self, pixels_CSS: Tensor, mask_SS: Tensor, *, caption: str, seeds: Sequence[int]) -> Tensor:
+        """Codes int64 [B, g, g] of the square at the small size, with what is masked drawn."""
+        batch, hidden_gg = len(seeds), hidden_codes(mask_SS, grid=self.grid)
+        codes_1gg = self._encode(pixels_CSS, side=self.small_side)
+        hidden_Bgg = hidden_gg.to(codes_1gg.device).repeat(batch, 1, 1)
+        return self.fill([caption] * batch, codes_1gg.repeat(batch, 1, 1), hidden_Bgg, seeds=seeds)
+
+    def _finished(
         self,
+        codes_Bgg: Tensor,
         pixels_CSS: Tensor,
         mask_SS: Tensor,
         *,
         caption: str,
         seeds: Sequence[int],
         sampling: HierarchicalSampling,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The small picture's codes int64 [B, g, g], and the square with what is masked drawn.
-
-        The square is float [B, 3, S, S] in [0, 1]; what is not masked is as the tokenizer has it.
-        """
-        captions, batch = [caption] * len(seeds), len(seeds)
-        side = pixels_CSS.shape[-1]
-        hidden_gg = hidden_codes(mask_SS, grid=self.grid)
-        codes_gg = self._encode(pixels_CSS, side=self.small_side)
-        codes_Bgg = self.fill(
-            captions, codes_gg.repeat(batch, 1, 1), hidden_gg.to(codes_gg.device).repeat(batch, 1, 1), seeds=seeds
-        )
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """The square at its own size, float [B, 3, S, S] in [0, 1]; what is not masked is as the tokenizer has it."""
+        batch, side = len(seeds), pixels_CSS.shape[-1]
         if self.magnifier is None or side <= self.small_side:
-            return codes_Bgg, _scaled(self.image_tokenizer.decode(codes_Bgg).cpu(), side=side)
+            return _scaled(self.image_tokenizer.decode(codes_Bgg).cpu(), side=side)
         large = self.grid * self.magnifier.scale
         known_1GG = self._encode(pixels_CSS, side=large * self.image_tokenizer.stride)
         inside_GG = hidden_codes(mask_SS, grid=large)
         drawn_BGG = self.magnifier.magnify(
-            captions,
+            [caption] * batch,
             codes_Bgg,
             seeds=seeds,
             sampling=sampling,
@@ -156,7 +159,7 @@ class Completer:
             inside_BGG=inside_GG.repeat(batch, 1, 1),
             progress=progress,
         )
-        return codes_Bgg, _scaled(self.magnifier.decode(drawn_BGG).cpu(), side=side)
+        return _scaled(self.magnifier.decode(drawn_BGG).cpu(), side=side)
 
     def _encode(self, pixels_CSS: Tensor, *, side: int) -> Tensor:
         """Codes int64 [1, g, g] of a square, scaled to `side` pixels."""

@@ -26,7 +26,7 @@ from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
 from cogview.sampling.super_resolution import Magnifier
 from cogview.sampling.text_to_image import TextToImage
 from cogview.tokenizers.pixels import pixel_batch
-from pipelines.serving.orders import CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder
+from pipelines.serving.orders import MAX_SEED, CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder
 
 CAPTION_LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
@@ -44,8 +44,8 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """magnify_sampling: of super-resolution; completion, hierarchical: of the completer's square and stages; what draws
-    is sampled as each order says."""
+    """magnify_sampling: of super-resolution; completion, hierarchical: of the completer's square and stages;
+    completions: drawn for an order, of which the best is finished. What draws is sampled as each order says."""
 
     painter: TextToImage
     captioner: Captioner | None = None
@@ -53,6 +53,7 @@ class Studio:
     completer: Completer | None = None
     completion: CompletionConfig = field(default_factory=CompletionConfig)
     hierarchical: HierarchicalSampling = field(default_factory=HierarchicalSampling)
+    completions: int = 1
     magnify_sampling: SamplingConfig
 
     def draw(
@@ -100,16 +101,17 @@ class Studio:
         return Picture(png=to_png(picture, facts=facts), seed=order.seed, codes=tuple(large_1hw.flatten().tolist()))
 
     def complete(self, order: CompleteOrder, *, progress: Callable[[int, int], None] | None = None) -> Picture:
-        """A picture with a part of it drawn anew."""
+        """A picture with a part of it drawn anew: of several drawings the one whose caption can be read off it best."""
         assert self.completer is not None, "the server offers this only with a completer"
         height, width, _ = order.pixels_HWC.shape
         drawn = self.completer.complete(
             torch.from_numpy(order.pixels_HWC.copy()).permute(2, 0, 1),
             order.box.mask(height, width),
             caption=order.prompt,
-            seeds=[order.seed],
+            seeds=[(order.seed + number) % MAX_SEED for number in range(self.completions)],
             config=self.completion,
             sampling=self.hierarchical,
+            only_best=True,
             progress=progress,
         )
         picture = Image.fromarray(drawn.pictures_BCHW[0].permute(1, 2, 0).numpy())

@@ -4,11 +4,16 @@ In: the folders of a CogLM, its tokenizers and, where they were trained on it, o
 `Completer` (CogView2).
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cogview.evaluation.caption_loss import score_pairs
+from cogview.sampling.captioning import CaptionModel
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
@@ -77,8 +82,15 @@ def load_completer(folders: CompleterFolders, *, filling: CogLMSampling, device:
         image_tokenizer=coglm.image_tokenizer,
         grid=coglm.layout.grid,
         magnifier=magnifier,
-        captioner=CogLMCaptioner.of(coglm),
+        judge=partial(caption_losses, CogLMCaptioner.of(coglm)),
     )
+
+
+def caption_losses(captioner: CaptionModel, caption: str, codes_Bgg: Tensor) -> list[float]:
+    """CapLoss of a caption for each picture; nan for a caption without a token, which cannot be read off anything."""
+    if not captioner.text_tokenizer.encode(caption):
+        return [math.nan] * len(codes_Bgg)
+    return [score.cap_loss for score in score_pairs(captioner, [caption] * len(codes_Bgg), codes_Bgg)]
 
 
 def _is_done(job: str, *, root: Path) -> bool:

@@ -146,6 +146,28 @@ def test_a_coglm_fills_by_caption_and_seed(tmp_path: Path) -> None:
     assert not torch.equal(together[0], together[1])
 
 
+def test_only_the_best_is_finished(completer: Completer) -> None:
+    asked: list[tuple[str, list[int]]] = []
+
+    def judge(caption: str, codes_Bgg: Tensor) -> list[float]:  # the recorder fills with the seeds
+        asked.append((caption, codes_Bgg[:, 1, 1].tolist()))
+        return [3.0, 1.0, 2.0]
+
+    judged = replace(completer, judge=judge)
+    side = 8 * LARGE
+    pixels, mask = picture(side, side), Box(top=0.2, left=0.2, bottom=0.8, right=0.8).mask(side, side)
+    named = {"caption": "a dot", "config": CompletionConfig(), "sampling": SAMPLING}
+    every = judged.complete(pixels, mask, seeds=[4, 5, 6], **named)
+    assert every.cap_losses == (3.0, 1.0, 2.0)
+    best = judged.complete(pixels, mask, seeds=[4, 5, 6], only_best=True, **named)
+    assert best.cap_losses == (1.0,)
+    assert torch.equal(best.pictures_BCHW, every.pictures_BCHW[1:2])
+    assert asked == [("a dot", [4, 5, 6])] * 2
+    unjudged = completer.complete(pixels, mask, seeds=[4, 5, 6], only_best=True, **named)
+    assert torch.equal(unjudged.pictures_BCHW, every.pictures_BCHW[:1])
+    assert unjudged.cap_losses == ()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sides=st.tuples(st.integers(1, 90), st.integers(1, 90)),
