@@ -47,7 +47,8 @@ RELEASED_COUNTS = [2300, 1900, 1500, 1000, 600, 200]
 VOCABULARY = Vocabulary(8192, 2000)
 TEXT = [list(range(20))]
 SAMPLING = SamplingConfig()
-Fill = Callable[..., Tensor]  # `fill_codes`, or what does the same
+IsNew = npt.NDArray[np.bool_]  # of the codes, [T]
+Fill = Callable[[GPT, Sequence[int], Tensor, IsNew], Tensor]  # behind a prompt, codes [1, T] with the new ones drawn
 BARS = (
     Bar(figure="counts/as released", op="==", value=1),
     Bar(figure="counts/calls of the iterative stage", op="==", value=6),
@@ -100,7 +101,7 @@ def road(config: GPTConfig) -> Figures:
     """All roads from a caption to a picture."""
     roads = {
         "lopar": lopar_road(config),
-        "windows": windows_road(config, fill=fill_codes),
+        "windows": windows_road(config, fill=fill_as_ours),
         "windows as released": windows_road(config, fill=fill_as_released),
     }
     for name, one in roads.items():
@@ -147,39 +148,46 @@ def windows_road(config: GPTConfig, *, fill: Fill) -> Road:
             rows, columns = window.drawn
             square = small_Bhw[0, *window.read].flatten().cpu().numpy()
             prompt = layout.prompt_ids(TEXT[0], [square], vocabulary=VOCABULARY, max_text=budget)
-            drawn_BT = filled(model, prompt, large_Bhw[:, rows, columns].flatten(1), is_new_T=is_new.ravel(), fill=fill)
+            drawn_BT = fill(model, prompt, large_Bhw[:, rows, columns].flatten(1), is_new.ravel())
             large_Bhw[:, rows, columns] = drawn_BT.view(1, *is_new.shape)
         return large_Bhw
 
     return timed(model, side, magnify, [model], length_of=lambda inputs, _: inputs[0].numel(), fill=fill)
 
 
+def fill_as_ours(model: GPT, prompt: Sequence[int], codes_BT: Tensor, is_new_T: IsNew) -> Tensor:
+    """Codes [1, T] with the new ones drawn behind a prompt, keys and values kept."""
+    return fill_codes(
+        model,
+        [prompt],
+        codes_BT,
+        is_new_T=is_new_T,
+        prompts_positions=[list(range(len(prompt)))],
+        draws_BN=draws_for(is_new_T),
+        vocabulary=VOCABULARY,
+        sampling=SAMPLING,
+    )
+
+
 @torch.inference_mode()
-def fill_as_released(
-    model: GPT,
-    prompts_ids: Sequence[Sequence[int]],
-    codes_BT: Tensor,
-    *,
-    is_new_T: npt.NDArray[np.bool_],
-    prompts_positions: Sequence[Sequence[int]],
-    draws_BN: Tensor,
-    vocabulary: Vocabulary,
-    sampling: SamplingConfig,
-) -> Tensor:
-    """What `fill_codes` gives, for a single prompt, with only the layers' inputs kept and all ids scored."""
-    memory, filled_BT = CogViewMemory(model, batch=1), codes_BT.clone()
-    ids = torch.tensor(prompts_ids, device=codes_BT.device)
-    places = torch.tensor(prompts_positions, device=codes_BT.device)
-    first, read = prompts_positions[0][-1] + 1, 0
-    last_BE = memory.read(ids, places)
+def fill_as_released(model: GPT, prompt: Sequence[int], codes_BT: Tensor, is_new_T: IsNew) -> Tensor:
+    """The same with only the layers' inputs kept and all ids scored."""
+    memory, filled_BT, read = CogViewMemory(model, batch=1), codes_BT.clone(), 0
+    ids, draws_BN = torch.tensor([prompt], device=DEVICE), draws_for(is_new_T)
+    last_BE = memory.read(ids, torch.arange(len(prompt), device=DEVICE)[None])
     for number, token in enumerate(np.flatnonzero(is_new_T).tolist()):
         if token > read:
-            ids = filled_BT[:, read:token] + vocabulary.image_ids.start
-            last_BE = memory.read(ids, torch.arange(first + read, first + token, device=ids.device)[None])
+            ids = filled_BT[:, read:token] + VOCABULARY.image_ids.start
+            last_BE = memory.read(ids, torch.arange(len(prompt) + read, len(prompt) + token, device=DEVICE)[None])
             read = token
-        logits_BV = (last_BE @ model.word_embeddings.weight.T)[:, : vocabulary.image_ids.stop].float()
-        filled_BT[:, token] = choose(logits_BV, draws_BN[:, number], config=sampling)
+        logits_BV = (last_BE @ model.word_embeddings.weight.T)[:, : VOCABULARY.image_ids.stop].float()
+        filled_BT[:, token] = choose(logits_BV, draws_BN[:, number], config=SAMPLING)
     return filled_BT
+
+
+def draws_for(is_new_T: IsNew) -> Tensor:
+    """A number for each new code, float64 [1, N]."""
+    return uniform_draws([1], length=int(is_new_T.sum()), device=torch.device(DEVICE))
 
 
 def lopar_road(config: GPTConfig) -> Road:
@@ -195,7 +203,7 @@ def lopar_road(config: GPTConfig) -> Road:
         return inputs[0].numel() + (named["grid_ids_BN"].numel() if "grid_ids_BN" in named else 0)
 
     models = [painter, direct.model, iterative.model]
-    return timed(painter, GRID // RATIO, magnify, models, length_of=length_of, fill=fill_codes)
+    return timed(painter, GRID // RATIO, magnify, models, length_of=length_of, fill=fill_as_ours)
 
 
 def timed(
@@ -241,24 +249,7 @@ def draw_small(model: GPT, *, grid: int, fill: Fill) -> Tensor:
     """Codes [1, grid, grid], one by one."""
     prompt = TASKS["text_to_image"].prompt_ids(TEXT[0], vocabulary=VOCABULARY, max_text=len(TEXT[0]))
     empty_BT = torch.zeros(1, grid**2, dtype=torch.int64, device=DEVICE)
-    drawn_BT = filled(model, prompt, empty_BT, is_new_T=np.ones(grid**2, dtype=bool), fill=fill)
-    return drawn_BT.view(1, grid, grid)
-
-
-def filled(
-    model: GPT, prompt: Sequence[int], codes_BT: Tensor, *, is_new_T: npt.NDArray[np.bool_], fill: Fill
-) -> Tensor:
-    """Codes [1, T] with the new ones drawn behind a prompt."""
-    return fill(
-        model,
-        [prompt],
-        codes_BT,
-        is_new_T=is_new_T,
-        prompts_positions=[list(range(len(prompt)))],
-        draws_BN=uniform_draws([1], length=int(is_new_T.sum()), device=codes_BT.device),
-        vocabulary=VOCABULARY,
-        sampling=SAMPLING,
-    )
+    return fill(model, prompt, empty_BT, np.ones(grid**2, dtype=bool)).view(1, grid, grid)
 
 
 def gpt_of(config: GPTConfig, *, max_positions: int) -> GPT:

@@ -29,15 +29,13 @@ from cogview.evaluation.reranking import ranking
 from cogview.records.folders import read_image_file
 from cogview.records.images import decode_image
 from cogview.records.pair import Unusable
-from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.completion import Completer, CompletionConfig
 from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
-from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.masks import Box
 from cogview.shards.manifest import atomic_file
 from pipelines.runtime.jobs import Job, JobRun
-from pipelines.tasks.completing import CompleterFolders, find_folders, load_completer
+from pipelines.tasks.completing import SMOKE_FILLING, SMOKE_STAGES, CompleterFolders, find_folders, load_completer
 from pipelines.tasks.drawing import save_picture
 
 SAMPLES_FOLDER = "samples"
@@ -98,13 +96,8 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": replace(
         PAPER,
-        # Bold enough that candidates differ, so that there is something to choose from.
-        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.5, top_k=12)),
-        hierarchical=HierarchicalSampling(
-            by_clusters=False,
-            tokens=SamplingConfig(temperature=0.2, top_k=12),
-            lopar=LoPARConfig(top_k=(12,), temperature=0.2),
-        ),
+        filling=SMOKE_FILLING,
+        hierarchical=SMOKE_STAGES,
         device="cpu",
     ),
 }

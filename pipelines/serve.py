@@ -20,7 +20,6 @@ from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.completion import Completer
 from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
-from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.super_resolution import SAMPLING, Magnifier
 from cogview.sampling.text_to_image import TextToImage
 from pipelines.runtime.chain import fill_from_chain, latest_output
@@ -32,7 +31,14 @@ from pipelines.serving.listening import check_address, listen, read_token, say
 from pipelines.serving.orders import Limits
 from pipelines.serving.studio import Studio
 from pipelines.serving.web import Site
-from pipelines.tasks.completing import PAINTER, CompleterFolders, find_folders, load_completer
+from pipelines.tasks.completing import (
+    PAINTER,
+    SMOKE_FILLING,
+    SMOKE_STAGES,
+    CompleterFolders,
+    find_folders,
+    load_completer,
+)
 
 SOURCES = {
     "checkpoint": "pretrain",
@@ -102,12 +108,8 @@ PRESETS: dict[str, Config] = {
         PAPER,
         sampling=SamplingConfig(temperature=0.5, top_k=12),  # a small model is less sure of what it knows
         magnify_sampling=SamplingConfig(temperature=0.2, top_k=12),
-        filling=CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.5, top_k=12)),
-        hierarchical=HierarchicalSampling(
-            by_clusters=False,
-            tokens=SamplingConfig(temperature=0.2, top_k=12),
-            lopar=LoPARConfig(top_k=(12,), temperature=0.2),
-        ),
+        filling=SMOKE_FILLING,
+        hierarchical=SMOKE_STAGES,
         batch_size=32,
         device="cpu",
     ),

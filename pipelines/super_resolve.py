@@ -34,13 +34,13 @@ from cogview.records.images import decode_image, fit_image
 from cogview.records.pair import Unusable
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
-from cogview.sampling.hierarchy import LoPARConfig
 from cogview.sampling.super_resolution import SAMPLING, Magnifier
 from cogview.sampling.windows import WindowOrder
 from cogview.shards.manifest import atomic_file
 from cogview.tokenizers.pixels import pixel_batch
 from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, Job, JobRun, given_folders
+from pipelines.tasks.completing import SMOKE_STAGES
 
 SAMPLES_FOLDER = "samples"
 TABLE_NAME = "samples.parquet"
@@ -128,13 +128,7 @@ PRESETS: dict[str, Config] = {
     "paper": PAPER,
     "smoke": SMOKE,
     "cogview2": replace(PAPER, is_hierarchical=True),
-    "cogview2_smoke": replace(
-        SMOKE,
-        is_hierarchical=True,
-        hierarchical=HierarchicalSampling(
-            by_clusters=False, tokens=SMOKE.sampling, lopar=LoPARConfig(top_k=(12,), temperature=0.2)
-        ),
-    ),
+    "cogview2_smoke": replace(SMOKE, is_hierarchical=True, hierarchical=SMOKE_STAGES),
 }
 AnyMagnifier = Magnifier | HierarchicalMagnifier
 

@@ -83,9 +83,8 @@ def read_draw_order(body: bytes, *, limits: Limits, is_streamed: bool) -> DrawOr
         top_k=whole_number(fields, "top_k", default=default.top_k or codes, lowest=1, highest=codes),
         top_p=real_number(fields, "top_p", default=default.top_p, highest=1.0),
     )
-    seeds = tuple((seed + number) % MAX_SEED for number in range(candidates))
     prompt = _prompt(fields, limits=limits)
-    return DrawOrder(prompt=prompt, seeds=seeds, sampling=sampling, is_streamed=is_streamed)
+    return DrawOrder(prompt=prompt, seeds=seeds_from(seed, candidates), sampling=sampling, is_streamed=is_streamed)
 
 
 def read_magnify_order(body: bytes, *, limits: Limits) -> MagnifyOrder:
@@ -123,6 +122,11 @@ def read_complete_order(words: str, pixels_HWC: npt.NDArray[np.uint8], *, limits
         box=checked,
         pixels_HWC=pixels_HWC,
     )
+
+
+def seeds_from(seed: int, number: int) -> tuple[int, ...]:
+    """As many seeds as candidates, one after the other."""
+    return tuple((seed + place) % MAX_SEED for place in range(number))
 
 
 def _prompt(fields: Mapping[str, Any], *, limits: Limits) -> str:

@@ -26,7 +26,7 @@ from cogview.sampling.hierarchical_magnifier import HierarchicalSampling
 from cogview.sampling.super_resolution import Magnifier
 from cogview.sampling.text_to_image import TextToImage
 from cogview.tokenizers.pixels import pixel_batch
-from pipelines.serving.orders import MAX_SEED, CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder
+from pipelines.serving.orders import CaptionOrder, CompleteOrder, DrawOrder, MagnifyOrder, seeds_from
 
 CAPTION_LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
@@ -108,7 +108,7 @@ class Studio:
             torch.from_numpy(order.pixels_HWC.copy()).permute(2, 0, 1),
             order.box.mask(height, width),
             caption=order.prompt,
-            seeds=[(order.seed + number) % MAX_SEED for number in range(self.completions)],
+            seeds=seeds_from(order.seed, self.completions),
             config=self.completion,
             sampling=self.hierarchical,
             only_best=True,

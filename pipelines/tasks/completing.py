@@ -14,17 +14,26 @@ from torch import Tensor
 
 from cogview.evaluation.caption_loss import score_pairs
 from cogview.sampling.captioning import CaptionModel
+from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.cluster_choice import CogLMSampling
 from cogview.sampling.coglm import CogLM
 from cogview.sampling.coglm_captioning import CogLMCaptioner
 from cogview.sampling.completion import Completer
-from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier
+from cogview.sampling.hierarchical_magnifier import HierarchicalMagnifier, HierarchicalSampling
+from cogview.sampling.hierarchy import LoPARConfig
 from pipelines.runtime.chain import fill_from_chain, latest_output
 from pipelines.runtime.jobs import COMPLETE_NAME, given_folders
 
 TOKENIZERS = {"text_tokenizer": "train_text_tokenizer", "image_tokenizer": "train_image_tokenizer"}
 STAGES = {"direct": "finetune_direct_sr", "iterative": "finetune_iterative_sr"}
 PAINTER = "pretrain_coglm"
+# Small models are drawn from surely, but holes so boldly that candidates differ and there is something to choose from.
+SMOKE_FILLING = CogLMSampling(by_clusters=False, tokens=SamplingConfig(temperature=0.5, top_k=12))
+SMOKE_STAGES = HierarchicalSampling(
+    by_clusters=False,
+    tokens=SamplingConfig(temperature=0.2, top_k=12),
+    lopar=LoPARConfig(top_k=(12,), temperature=0.2),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,10 +96,10 @@ def test_the_same_weights_judge_the_codes_that_were_drawn(config: Config) -> Non
 
     [request], seeds = read_requests(config), [3, 4, 5]
     _, losses = complete(request, replace(completer, fill=fill), seeds=seeds, config=config)
-    coglm = CogLM.load(
-        *filter(None, [config.checkpoint]),
-        **{name: getattr(config, name) for name in ("text_tokenizer", "image_tokenizer")},
-    )
+    assert config.checkpoint is not None
+    assert config.text_tokenizer is not None
+    assert config.image_tokenizer is not None
+    coglm = CogLM.load(config.checkpoint, text_tokenizer=config.text_tokenizer, image_tokenizer=config.image_tokenizer)
     scores = score_pairs(CogLMCaptioner.of(coglm), ["a red dot"] * 3, drawn[0])
     assert losses == pytest.approx([score.cap_loss for score in scores])
 
