@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import webdataset
 
 from benchmarks.harness import Bar, Figures, argument_parser, say, verify
-from cogview.records.tars import add_file
+from benchmarks.tar_files import add_file
 from cogview.shards.manifest import ShardEntry, shard_name, write_manifest
 from cogview.shards.order import SampleOrder
 from cogview.shards.reader import TokenShards

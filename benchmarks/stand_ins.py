@@ -23,11 +23,11 @@ import torch
 from PIL import ImageFilter, ImageOps
 
 from benchmarks.chains import stage_folders
+from benchmarks.tar_files import add_file
 from benchmarks.tiny_clip import write_clip
 from cogview.evaluation.inception_network import InceptionNetwork
 from cogview.models.gpt import GPT, GPTConfig
 from cogview.models.released import save_released_gpt
-from cogview.records.tars import add_file
 from cogview.scenes.scene import CaptionedScene, corpus, draw_scene
 from cogview.tokenizers.codebook import CodebookConfig
 from cogview.tokenizers.released import save_released_vqvae

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from benchmarks.chains import run_job, stage_folders
 from benchmarks.harness import REPOSITORY, Bar, Figures, UnmeasuredError, argument_parser, say, verify
+from benchmarks.tar_files import add_file
 from cogview.evaluation.grids import Tile, draw_sheet, to_pictures
 from cogview.evaluation.style_judge import StyleJudge, train_judge
 from cogview.records.images import decode_image
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.styles import style_name
-from cogview.records.tars import add_file, read_foreign_tar
+from cogview.records.tars import read_foreign_tar
 from cogview.sampling.choice import SamplingConfig
 from cogview.sampling.text_to_image import LAYOUT, TextToImage
 from cogview.sequences.batch import SequenceConfig, build_batch

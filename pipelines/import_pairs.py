@@ -224,4 +224,4 @@ def _folder_rows(folder: Path) -> Iterator[Candidate]:
     return (Candidate(source=name, captions=(), extra={HAS_TEXT_FILE: True}) for name in list_images(folder))
 
 
-JOB = Job(name="import_pairs", version=3, products=("manifest.json",), main=main)
+JOB = Job(name="import_pairs", version=4, products=("manifest.json",), main=main)

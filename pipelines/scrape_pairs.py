@@ -11,13 +11,12 @@ Time:    the demo's 10,000 images take about 30 s on two cores; the web is as fa
 """
 
 import asyncio
-import contextlib
 import shutil
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,7 +37,6 @@ from cogview.records.providers import PROVIDERS
 from cogview.records.queries import Search, read_queries, search
 from cogview.records.retrying import RETRYABLE_REASONS, merge_outcomes, read_statuses, rows_to_retry
 from cogview.records.scraping import scrape_pairs
-from cogview.records.site_rules import KnownRules
 from cogview.records.sources import find_tables
 from cogview.records.tables import inspect_table, read_table, require_captions
 from cogview.records.tars import read_pairs
@@ -49,6 +47,7 @@ from pipelines.runtime.display import duration
 from pipelines.runtime.jobs import Job, JobRun, plan_job
 from pipelines.runtime.shard_jobs import ShardTask, close_folder, run_shards, shard_entry
 from pipelines.runtime.shard_plan import ShardStep, shard_plan_lines
+from pipelines.tasks.worker_fetcher import worker_fetcher
 
 CANDIDATES_NAME = "candidates.parquet"
 PAGES_NAME, QUERIES_NAME = "pages.parquet", "queries.parquet"
@@ -56,7 +55,6 @@ CPU_SECONDS = 0.006  # of an image of 0.2 megapixels, measured; a plan's estimat
 # A name that cannot exist (RFC 6761), so the pairs of the demo have the same sources whatever port serves them.
 DEMO_HOST = "demo.cogview.test"
 DEMO_RATE, DEMO_CONNECTIONS = 5000.0, 16  # nobody's server but our own
-WRITTEN_AT_ONCE = 32  # outcomes between two runs of a worker's event loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +286,9 @@ def plan_shards(candidates: Path) -> list[ShardTask]:
 def scrape_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSettings) -> ShardEntry:
     """On a worker: fetch one shard's candidates and write its files."""
     candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
-    rows = enumerate(candidates)
-    outcomes = in_step(_outcomes(rows, shard=task.shard, output=output, config=config, fetch=fetch))
-    counts = write_pair_shard(output, f"shard-{task.shard:05d}", outcomes, open_file=atomic_file)
+    with worker_fetcher(output, fetch, opt_out=config.opt_out) as worker:
+        pairs = scrape_pairs(enumerate(candidates), shard=task.shard, fetcher=worker.fetcher, settings=config.image)
+        counts = write_pair_shard(output, f"shard-{task.shard:05d}", worker.in_step(pairs), open_file=atomic_file)
     return shard_entry(
         output, task, rows_in=len(candidates), rows_out=counts.ok, rejected=counts.failed, files=counts.files
     )
@@ -303,58 +301,29 @@ def retry_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSe
     statuses = read_statuses(config.retry / f"{stem}.parquet")
     rows = rows_to_retry(statuses, reasons=config.retry_reasons)
     candidates = read_candidates(output / CANDIDATES_NAME, shard=task.shard)
-    again = ((row, candidates[row]) for row in rows)
     recovered = 0
 
-    def fetched() -> Iterator[TextImagePair | Failure]:
+    def counted(outcomes: Iterable[TextImagePair | Failure]) -> Iterator[TextImagePair | Failure]:
         nonlocal recovered
-        for outcome in in_step(_outcomes(again, shard=task.shard, output=output, config=config, fetch=fetch)):
+        for outcome in outcomes:
             recovered += isinstance(outcome, TextImagePair)
             yield outcome
 
-    outcomes = merge_outcomes(
-        statuses,
-        pairs=read_pairs(config.retry / f"{stem}.tar"),
-        retried=dict.fromkeys(rows),
-        fetched=fetched(),
-        opt_out=read_opt_out(config.opt_out),
-    )
-    counts = write_pair_shard(output, stem, outcomes, open_file=atomic_file)
+    with worker_fetcher(output, fetch, opt_out=config.opt_out) as worker:
+        again = ((row, candidates[row]) for row in rows)
+        pairs = scrape_pairs(again, shard=task.shard, fetcher=worker.fetcher, settings=config.image)
+        outcomes = merge_outcomes(
+            statuses,
+            pairs=read_pairs(config.retry / f"{stem}.tar"),
+            retried=dict.fromkeys(rows),
+            fetched=counted(worker.in_step(pairs)),
+            opt_out=read_opt_out(config.opt_out),
+        )
+        counts = write_pair_shard(output, stem, outcomes, open_file=atomic_file)
     entry = shard_entry(
         output, task, rows_in=len(statuses), rows_out=counts.ok, rejected=counts.failed, files=counts.files
     )
     return replace(entry, extra={"retried": len(rows), "recovered": recovered})
 
 
-def in_step(outcomes: AsyncIterator[TextImagePair | Failure]) -> Iterator[TextImagePair | Failure]:
-    """The items of an async iterator, for a writer that is not async: the loop runs while the next are awaited."""
-
-    async def step() -> list[TextImagePair | Failure]:
-        batch: list[TextImagePair | Failure] = []
-        while len(batch) < WRITTEN_AT_ONCE and (outcome := await anext(outcomes, None)) is not None:
-            batch.append(outcome)
-        return batch
-
-    with asyncio.Runner() as runner:
-        loop = runner.get_loop()  # the runner's own `run` sets signal handlers each time, which takes milliseconds
-        while batch := loop.run_until_complete(step()):
-            yield from batch
-
-
-async def _outcomes(
-    candidates: Iterable[tuple[int, Candidate]], *, shard: int, output: Path, config: Config, fetch: FetchSettings
-) -> AsyncGenerator[TextImagePair | Failure, None]:
-    async with Fetcher(fetch, opt_out=read_opt_out(config.opt_out), known=known_rules(output)) as fetcher:
-        pairs = scrape_pairs(candidates, shard=shard, fetcher=fetcher, settings=config.image)
-        async with contextlib.aclosing(pairs):
-            async for outcome in pairs:
-                yield outcome
-
-
-@lru_cache(maxsize=1)
-def known_rules(output: Path) -> KnownRules:
-    """What sites have said so far in this run, for all shards that a worker process makes."""
-    return KnownRules()
-
-
-JOB = Job(name="scrape_pairs", version=3, products=("manifest.json", CANDIDATES_NAME), main=main)
+JOB = Job(name="scrape_pairs", version=4, products=("manifest.json", CANDIDATES_NAME), main=main)

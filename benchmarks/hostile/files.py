@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from benchmarks.hostile.cases import Case, Verdict
 from benchmarks.hostile.pictures import encode, photo
+from benchmarks.tar_files import add_file
 from cogview.errors import CogViewError
 from cogview.records.opt_out import read_opt_out
 from cogview.records.pair import Failure
 from cogview.records.tables import inspect_table, read_table, require_captions
-from cogview.records.tars import add_file, read_foreign_tar
+from cogview.records.tars import read_foreign_tar
 from cogview.shards.manifest import ShardEntry, file_record, read_manifest, write_manifest
 from cogview.shards.reader import TokenShards
 from cogview.shards.schema import TokenOrigin

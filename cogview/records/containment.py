@@ -70,6 +70,11 @@ def decode_contained(decode: Decode, data: bytes, *, max_pixels: int, short_side
     return _current[-1].decode(decode, data, max_pixels=max_pixels, short_side=short_side)
 
 
+def is_apart() -> bool:
+    """Whether pictures are decoded in a child process now, so that one may take as long as the limit."""
+    return bool(_current) and isinstance(_current[-1], _Child)
+
+
 class _Watch:
     """Decoding here, with the process's alarm set. Any picture that is done sets it anew for those still under way."""
 

@@ -7,6 +7,7 @@ hosts. A fetch never raises for what a server does; it answers with a reason cod
 
 import asyncio
 import socket
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from cogview.records.urls import (
 )
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MAX_HOSTS = 10_000  # whose pace is remembered from one piece of work to the next
 LARGE_BODIES = 4  # large bodies in memory at a time, for each fetcher
 OnLarge = Callable[[], Awaitable[None]]
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -159,20 +161,15 @@ class PolicyResolver(AbstractResolver):
 
 
 class Fetcher:
-    """An open client; use it as an async context manager. One event loop, any number of tasks.
+    """An open client; use it as an async context manager. One event loop, any number of tasks."""
 
-    known: what sites have told earlier fetchers of the same settings; this one's findings are added.
-    """
-
-    def __init__(
-        self, settings: FetchSettings, *, opt_out: OptOut | None = None, known: KnownRules | None = None
-    ) -> None:
+    def __init__(self, settings: FetchSettings, *, opt_out: OptOut | None = None) -> None:
         self.settings = settings
         self.opt_out = opt_out or OptOut()
-        self._known = known or KnownRules()
+        self._known = KnownRules()
         self._product = product_token(settings.user_agent)
         self._rules: dict[str, asyncio.Task[SiteRules | Unusable]] = {}
-        self._hosts: dict[str, HostGate] = {}
+        self._hosts: OrderedDict[str, HostGate] = OrderedDict()  # the one asked last comes last
         self._large = asyncio.Semaphore(LARGE_BODIES)
         self._connections = asyncio.Semaphore(max(1, settings.connections // settings.sharers))
 
@@ -199,6 +196,14 @@ class Fetcher:
             task.cancel()
         await asyncio.gather(*self._rules.values(), return_exceptions=True)
         await self._session.close()
+
+    def refresh(self) -> None:
+        """Between two pieces of work, while nothing is under way: sites that did not answer with their rules, or did so
+        a day ago, are asked anew, and hosts not asked for long are forgotten. All others keep connections and pace.
+        """
+        self._rules.clear()
+        while len(self._hosts) > MAX_HOSTS:
+            self._hosts.popitem(last=False)
 
     async def fetch(self, url: str, *, hold: AsyncExitStack | None = None) -> Fetched | Unusable:
         """The body behind a URL if its site lets us have it.
@@ -357,6 +362,7 @@ class Fetcher:
             self._hosts[host] = HostGate(
                 rate=limits.host_rate, connections=limits.host_connections, sharers=limits.sharers
             )
+        self._hosts.move_to_end(host)
         return self._hosts[host]
 
 

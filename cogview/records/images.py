@@ -28,7 +28,7 @@ LARGE_PIXELS = 4_000_000
 STRIP_ROWS = 512
 MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs the time of the whole picture
 SMALL_PIXELS = 128 * 128  # below this, PNG costs little and keeps flat colours exact
-FLAT_COLOURS = 256
+FLAT_COLOURS, FLAT_SHARE = 256, 0.75  # a drawing has few colours, 16 of them nearly everywhere; a grey photo has not
 
 _one_large = threading.Lock()
 _JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
@@ -270,4 +270,8 @@ def _sniff(data: bytes) -> Unusable:
 
 
 def _is_small_or_flat(image: Image.Image) -> bool:
-    return image.width * image.height <= SMALL_PIXELS or image.getcolors(FLAT_COLOURS) is not None
+    pixels = image.width * image.height
+    if pixels <= SMALL_PIXELS:
+        return True
+    counts = sorted((count for count, _ in image.getcolors(FLAT_COLOURS) or ()), reverse=True)
+    return sum(counts[:16]) >= FLAT_SHARE * pixels

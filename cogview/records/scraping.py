@@ -1,6 +1,7 @@
 """Candidates with URLs in, pairs or failures out, in the same order: fetch, decode and encode anew in one process.
 
-One event loop fetches, and few threads beside it decode: more of them would only wait for each other and for the loop.
+One event loop fetches. What is small it also decodes: a millisecond or two is less than it costs to hand a picture to a
+thread and to take turns with it. Large pictures go to few threads, so that the loop goes on with all the others.
 """
 
 import asyncio
@@ -11,12 +12,14 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from cogview.records.candidates import Candidate
+from cogview.records.containment import is_apart
 from cogview.records.fetch import Fetched, Fetcher
 from cogview.records.images import ImageSettings
 from cogview.records.opt_out import OPTED_OUT
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.pair_shards import pair_key, store_pair
 
+AT_ONCE_BYTES = 256 * 1024  # of a file that the loop decodes itself
 DECODERS = 2  # threads: one works while the other waits for the event loop to let go of the interpreter
 _AHEAD = 4  # rows begun for each connection, so that one slow host does not hold up the others
 
@@ -74,7 +77,10 @@ async def _store(
         source=candidate.source,
         extra=candidate.extra,
     )
-    stored = await asyncio.get_running_loop().run_in_executor(decoders, store_pair, pair, settings)
+    if len(pair.image_bytes) <= AT_ONCE_BYTES and not is_apart():
+        stored = store_pair(pair, settings)
+    else:
+        stored = await asyncio.get_running_loop().run_in_executor(decoders, store_pair, pair, settings)
     if isinstance(stored, TextImagePair) and stored.extra["sha256"] in fetcher.opt_out.sha256:
         return Failure(key=key, source=candidate.source, reason=OPTED_OUT, detail="by the sha256 of its image")
     return stored

@@ -1,4 +1,4 @@
-"""What a site as a whole says about its URLs, and the memory of it from shard to shard."""
+"""What a site as a whole says about its URLs, and the memory of it."""
 
 import time
 from dataclasses import dataclass, field

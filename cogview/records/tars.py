@@ -139,16 +139,16 @@ def kept_extra(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_pairs(file: BinaryIO, pairs: Iterable[TextImagePair]) -> int:
     """Write pairs in img2dataset's layout: key.jpg|png, key.json, key.txt. The same pairs give the same bytes."""
-    count = 0
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-        for pair in pairs:
-            suffix = "png" if pair.image_bytes.startswith(b"\x89PNG") else "jpg"
-            document = {**pair.extra, "captions": list(pair.captions), "source": pair.source}
-            encoded = json.dumps(document, ensure_ascii=False, sort_keys=True).encode("utf-8", errors="replace")
-            add_file(tar, f"{pair.key}.{suffix}", pair.image_bytes)
-            add_file(tar, f"{pair.key}.json", encoded)
-            add_file(tar, f"{pair.key}.txt", pair.text.encode())
-            count += 1
+    count, written = 0, 0
+    for pair in pairs:
+        suffix = "png" if pair.image_bytes.startswith(b"\x89PNG") else "jpg"
+        document = {**pair.extra, "captions": list(pair.captions), "source": pair.source}
+        encoded = json.dumps(document, ensure_ascii=False, sort_keys=True).encode("utf-8", errors="replace")
+        members = {suffix: pair.image_bytes, "json": encoded, "txt": pair.text.encode()}
+        written += file.write(b"".join(_member(f"{pair.key}.{ending}", data) for ending, data in members.items()))
+        count += 1
+    end = 2 * tarfile.BLOCKSIZE  # of zeros, and to the end of a record
+    file.write(bytes(end + -(written + end) % tarfile.RECORDSIZE))
     return count
 
 
@@ -178,11 +178,11 @@ def _own_pair(key: str, image: bytes, document: dict[str, Any]) -> TextImagePair
     return TextImagePair(key=key, captions=captions, image_bytes=image, source=source, extra=document)
 
 
-def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add bytes to a tar under a name, with nothing of this machine or this moment."""
+def _member(name: str, data: bytes) -> bytes:
+    """One member as tarfile would add it, in one piece, with nothing of this machine or this moment."""
     member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names are empty
     member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    return member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def _ends_at(file: BinaryIO, offset: int) -> bool:

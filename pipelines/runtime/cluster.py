@@ -1,8 +1,8 @@
 """The only `ray.init`: a small local Ray that keeps to itself, or the cluster that RAY_ADDRESS names.
 
 A local Ray is made for a laptop: as many CPUs as this process may use (two at least, for two training workers), an
-object store of 256 MiB, no dashboard, no usage statistics, no worker that idles between stages. What daemons and
-workers print lies in the session folder (`ray_logs()`), not on the screen.
+object store of 256 MiB, no dashboard, no autoscaler, no usage statistics, no worker that idles between stages. What
+daemons and workers print lies in the session folder (`ray_logs()`), not on the screen.
 """
 
 import logging
@@ -89,6 +89,8 @@ def ensure_ray(*, address: str | None = None, num_cpus: int | None = None) -> No
             context = ray.init(address=address, **options)
             _session["folder"] = Path(context.address_info["session_dir"])
         if start.error is None:
+            if address == LOCAL:
+                _end_autoscaler()
             return
         reason = first_line(start.error)
         logger.warning("attempt %d to start Ray failed: %s", attempt + 1, reason)
@@ -136,6 +138,14 @@ def check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it, or unset it") from error
+
+
+def _end_autoscaler() -> None:
+    """A machine of one's own takes on no nodes and gives none away; Ray would wait a second for this process to end."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any("autoscaler" in word and word.endswith("monitor.py") for word in child.cmdline()):
+                child.kill()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from cogview.records.images import ImageSettings, decode_image, encode_image, fit_image, store_image
 from cogview.records.pair import Unusable
@@ -149,6 +149,13 @@ def test_small_or_flat_pictures_are_png_and_others_jpeg() -> None:
     assert encode_image(noise).suffix == "jpg"
     assert encode_image(noise.resize((64, 64))).suffix == "png"
     assert encode_image(Image.new("RGB", (500, 500), "red")).suffix == "png"
+    grey_photo = Image.linear_gradient("L").rotate(30, fillcolor=99).convert("RGB")
+    assert encode_image(grey_photo).suffix == "jpg"
+    drawing = Image.new("L", (300, 300), 255)
+    ImageDraw.Draw(drawing).ellipse((40, 40, 260, 260), outline=0, width=9)
+    smooth = drawing.resize((256, 256), Image.Resampling.LANCZOS).convert("RGB")
+    assert 16 < len(smooth.getcolors(256) or ()) <= 256
+    assert encode_image(smooth).suffix == "png"
 
 
 def test_fitting_scales_down_and_never_up() -> None:
