@@ -55,8 +55,8 @@ class FetchSettings:
 
     user_agent: starts with the product name that robots.txt may address, and should name a contact;
     host_rate: requests per second to one host; host_connections: at once to one host; connections: at once in all;
-    sharers: fetchers that work at the same time, who have these limits and a site's crawl delay together (but each may
-    hold one connection to a host, however many they are: beyond `host_connections` of them the pace alone keeps that low);
+    sharers: fetchers that work at the same time, who have these limits and a site's crawl delay together (each may have
+    one connection to a host, so of more than `host_connections` only the pace is left to bound them);
     total_s, read_s: deadlines of one attempt and of one silence, seconds; max_bytes: of the decompressed body;
     max_attempts: for 429, 5xx, resets and timeouts; max_wait_s: longest pause between two, whatever the server asks;
     ask_ai_txt, ask_tdmrep: ask each site for /ai.txt and /.well-known/tdmrep.json too, and keep to them.
