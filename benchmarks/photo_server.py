@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks.harness import REPOSITORY, UnmeasuredError
 
 LOOPBACK = "127.0.0.1"
+MAX_ENLARGED = 250  # enlarging takes time, and they take memory
 ROBOTS = b"User-agent: *\nDisallow: /private/\n"
 _END = b"\r\n\r\n"
 
@@ -39,9 +40,9 @@ class Certificate:
 
 
 @contextmanager
-def photo_server(photos: Path, *, certificate: Certificate | None = None) -> Iterator[int]:
+def photo_server(photos: Path, *, certificate: Certificate | None = None, enlarge: int = 1) -> Iterator[int]:
     """Run a server in a process of its own; yields its port."""
-    command = [sys.executable, "-m", "benchmarks.photo_server", str(photos)]
+    command = [sys.executable, "-m", "benchmarks.photo_server", str(photos), "--enlarge", str(enlarge)]
     if certificate is not None:
         command += ["--certificate", str(certificate.chain), "--key", str(certificate.key)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -65,6 +66,18 @@ def read_photos(folder: Path, *, min_side: int = 0) -> list[bytes]:
             members = [member for member in tar if member.name.endswith(".jpg")]
             photos += [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
     return [photo for photo in photos if min(Image.open(io.BytesIO(photo)).size) > min_side]
+
+
+def enlarged(photos: Sequence[bytes], *, factor: int) -> list[bytes]:
+    """The first of the photos, each side `factor` times as long, as JPEG q90."""
+    large = []
+    for photo in photos[:MAX_ENLARGED]:
+        picture = Image.open(io.BytesIO(photo)).convert("RGB")
+        file = io.BytesIO()
+        whole = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)
+        whole.save(file, format="JPEG", quality=90)
+        large.append(file.getvalue())
+    return large
 
 
 def write_certificate(folder: Path, *, names: Sequence[str]) -> Certificate:
@@ -147,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of tars with .jpg members")
     parser.add_argument("--min-side", type=int, default=0, help="leave out photos with a shorter side (default: 0)")
+    parser.add_argument("--enlarge", type=int, default=1, help="times that each side is longer (default: 1)")
     parser.add_argument("--certificate", type=Path, help="serve HTTPS with this certificate chain (default: HTTP)")
     parser.add_argument("--key", type=Path, help="the certificate's key")
     flags = parser.parse_args()
@@ -154,7 +168,8 @@ def main() -> None:
     if flags.certificate is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(flags.certificate, flags.key)
-    asyncio.run(serve(read_photos(flags.photos, min_side=flags.min_side), context=context))
+    photos = read_photos(flags.photos, min_side=flags.min_side)
+    asyncio.run(serve(photos if flags.enlarge == 1 else enlarged(photos, factor=flags.enlarge), context=context))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Real photos from ../shared/data/photos, served again and again by a process of i
 address and content checks, sha256 and manifests included; only its pace for these hosts is raised. img2dataset runs at
 its best: two processes of 64 threads, no EXIF, the SSL context made once. Both scale down to a short side of 256, store
 JPEG q95 and make ten shards. They take turns; a ratio is the median of those within a turn. `steady` is the slope
-between a fifth of the images and all of them, so that starting and ending do not count.
+between a fifth of the images and all of them, so that starting and ending do not count. The photos are small, a tenth
+of a megapixel; `large` is half as many over HTTP, enlarged to the 1.6 megapixels of a photo on the web, without a bar.
 """
 
 import io
@@ -39,6 +40,7 @@ PHOTOS = REPOSITORY / "../shared/data/photos"
 SIZE = 256
 HOSTS = tuple(f"host{number:02d}.photos.test" for number in range(100))
 PORTS = {"http": 80, "https": 443}
+LARGER = 4  # times each side, for `large`
 SHARDS = 10
 COMPARED = 300  # pictures whose pixels are compared
 WARM_UP = 40
@@ -74,8 +76,12 @@ BARS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A server that runs: how it is reached, where the two sides write, and with what environment they are started."""
+    """A server that runs: how it is reached, where the two sides write, and with what environment they are started.
 
+    name: before its figures.
+    """
+
+    name: str
     scheme: str
     port: int
     folder: Path
@@ -108,9 +114,13 @@ def measure(*, images: int, turns: int) -> Figures:
             certificate = write_certificate(folder, names=HOSTS) if scheme == "https" else None
             with photo_server(PHOTOS, certificate=certificate) as port:
                 environment = side_environment(rivals, certificate)
-                site = Site(scheme=scheme, port=port, folder=folder, environment=environment)
+                site = Site(name=scheme, scheme=scheme, port=port, folder=folder, environment=environment)
                 figures |= measure_site(site, images=images, turns=turns)
         figures |= compare_pixels(folder, images=min(images, COMPARED))
+        with photo_server(PHOTOS, enlarge=LARGER) as port:
+            environment = side_environment(rivals, None)
+            site = Site(name="large", scheme="http", port=port, folder=folder, environment=environment)
+            figures |= measure_site(site, images=images // 2, turns=turns)
     return {**figures, "images": images, "turns": turns, **photo_figures()}
 
 
@@ -125,7 +135,7 @@ def measure_site(site: Site, *, images: int, turns: int) -> dict[str, float]:
     """A warm-up of both sides, then in each turn both with few and with all images."""
     sides: dict[str, Side] = {"ours": our_command, "theirs": their_command}
     for name, side in sides.items():
-        say(f"{site.scheme}, {name}: warming up")
+        say(f"{site.name}, {name}: warming up")
         run_side(site, name, side, images=WARM_UP, shard_size=WARM_UP)
     runs: list[dict[tuple[str, int], Run]] = []
     counts = (images // 5, images)
@@ -135,13 +145,13 @@ def measure_site(site: Site, *, images: int, turns: int) -> dict[str, float]:
             for name, side in sides.items():
                 run = run_side(site, name, side, images=count, shard_size=max(1, images // SHARDS))
                 done[name, count] = run
-                say(f"{site.scheme}, turn {turn + 1} of {turns}, {name}: {count} images in {run.seconds:.1f} s")
+                say(f"{site.name}, turn {turn + 1} of {turns}, {name}: {count} images in {run.seconds:.1f} s")
         runs.append(done)
-    return site_figures(site.scheme, runs, few=counts[0], many=counts[1])
+    return site_figures(site.name, runs, few=counts[0], many=counts[1])
 
 
 def site_figures(
-    scheme: str, runs: Sequence[Mapping[tuple[str, int], Run]], *, few: int, many: int
+    site: str, runs: Sequence[Mapping[tuple[str, int], Run]], *, few: int, many: int
 ) -> dict[str, float]:
     """Medians of each side over the turns, and the medians of the ratios within a turn."""
     rates: dict[str, dict[str, list[float]]] = {}
@@ -162,9 +172,9 @@ def site_figures(
     for name, ours in rates["ours"].items():
         theirs = rates["theirs"][name]
         ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-        figures[f"{scheme}/ratio/{name}"] = statistics.median(ratios)
-        figures |= {f"{scheme}/ours/{name}": statistics.median(ours)}
-        figures |= {f"{scheme}/theirs/{name}": statistics.median(theirs)}
+        figures[f"{site}/ratio/{name}"] = statistics.median(ratios)
+        figures |= {f"{site}/ours/{name}": statistics.median(ours)}
+        figures |= {f"{site}/theirs/{name}": statistics.median(theirs)}
     return figures
 
 
@@ -192,7 +202,7 @@ def run_side(site: Site, name: str, side: Side, *, images: int, shard_size: int)
     stored = len(list(stored_images(folder)))
     if code or stored != images:
         words = (folder / "log.txt").read_text(errors="replace").strip()[-500:]
-        raise UnmeasuredError(f"{name}, {site.scheme}: {stored} of {images} images stored, exit code {code}: {words}")
+        raise UnmeasuredError(f"{name}, {site.name}: {stored} of {images} images stored, exit code {code}: {words}")
     return Run(images=images, seconds=seconds, cpu_seconds=watch.cpu_seconds, peak_bytes=watch.peak_bytes)
 
 

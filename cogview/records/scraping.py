@@ -1,7 +1,7 @@
 """Candidates with URLs in, pairs or failures out, in the same order: fetch, decode and encode anew in one process.
 
-One event loop fetches. What is small it also decodes: a millisecond or two is less than it costs to hand a picture to a
-thread and to take turns with it. Large pictures go to few threads, so that the loop goes on with all the others.
+One event loop fetches, and decodes what is not large: the milliseconds that this takes are less than it costs to hand
+a picture to a thread and to take turns with it. Large ones go to few threads, so that the loop goes on meanwhile.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from cogview.records.images import ImageSettings
 from cogview.records.opt_out import OPTED_OUT
 from cogview.records.pair import Failure, TextImagePair, Unusable
 from cogview.records.pair_shards import pair_key, store_pair
+from cogview.records.responses import LARGE_BODY
 
-AT_ONCE_BYTES = 256 * 1024  # of a file that the loop decodes itself
 DECODERS = 2  # threads: one works while the other waits for the event loop to let go of the interpreter
 _AHEAD = 4  # rows begun for each connection, so that one slow host does not hold up the others
 
@@ -77,7 +77,7 @@ async def _store(
         source=candidate.source,
         extra=candidate.extra,
     )
-    if len(pair.image_bytes) <= AT_ONCE_BYTES and not is_apart():
+    if len(pair.image_bytes) <= LARGE_BODY and not is_apart():
         stored = store_pair(pair, settings)
     else:
         stored = await asyncio.get_running_loop().run_in_executor(decoders, store_pair, pair, settings)

@@ -14,6 +14,7 @@ from cogview.records.fetch import Fetcher
 from cogview.records.images import ImageSettings
 from cogview.records.pair import Failure, TextImagePair
 from cogview.records.pair_shards import store_pair
+from cogview.records.responses import LARGE_BODY
 from tests.records.web_site import HOST, reply, serve
 
 SETTINGS = ImageSettings(image_size=64)
@@ -29,14 +30,14 @@ def noise(side: int) -> bytes:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_small_and_large_pictures_come_out_as_they_are_stored_alone(apart: bool) -> None:
-    bodies = {"/large": noise(500), "/small": noise(80), "/damaged": noise(80)[:5000], "/again": noise(500)}
-    assert len(bodies["/small"]) < scraping.AT_ONCE_BYTES < len(bodies["/large"])
+    bodies = {"/large": noise(620), "/small": noise(80), "/damaged": noise(80)[:5000], "/again": noise(620)}
+    assert len(bodies["/small"]) < LARGE_BODY < len(bodies["/large"])
     candidates = [Candidate(source=f"http://{HOST}{path}", captions=("noise",)) for path in [*bodies, "/gone"]]
 
     async def run() -> list[TextImagePair | Failure]:
         async with (
             serve({path: reply(body) for path, body in bodies.items()}) as site,
-            Fetcher(site.settings()) as fetcher,
+            Fetcher(site.settings(max_bytes=2_000_000)) as fetcher,
         ):
             pairs = scraping.scrape_pairs(enumerate(candidates), shard=3, fetcher=fetcher, settings=SETTINGS)
             return [outcome async for outcome in pairs]
