@@ -150,9 +150,7 @@ def measure_site(site: Site, *, images: int, turns: int) -> dict[str, float]:
     return site_figures(site.name, runs, few=counts[0], many=counts[1])
 
 
-def site_figures(
-    site: str, runs: Sequence[Mapping[tuple[str, int], Run]], *, few: int, many: int
-) -> dict[str, float]:
+def site_figures(site: str, runs: Sequence[Mapping[tuple[str, int], Run]], *, few: int, many: int) -> dict[str, float]:
     """Medians of each side over the turns, and the medians of the ratios within a turn."""
     rates: dict[str, dict[str, list[float]]] = {}
     for side in ("ours", "theirs"):
