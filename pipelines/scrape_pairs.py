@@ -127,7 +127,9 @@ def main(config: Config, run: JobRun) -> None:
         workers = config.workers or usable_cpus()  # never left to Ray: the limits of a host are divided by it
         scrape = scrape_shard if config.retry is None else retry_shard
         work = partial(scrape, output=run.output, config=config, fetch=replace(fetch, sharers=workers))
-        entries = run_shards(work, plan_shards(candidates), folder=run.output, run=run, workers=workers)
+        tasks = plan_shards(candidates)
+        imports = () if config.demo else ("torch",)  # scales pictures down; the demo's are small
+        entries = run_shards(work, tasks, folder=run.output, run=run, workers=workers, imports=imports)
     if config.retry is not None:
         retried, recovered = (sum(entry.extra[name] for entry in entries) for name in ("retried", "recovered"))
         run.scores.update({"retried": retried, "recovered": recovered})

@@ -178,11 +178,11 @@ def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.mode != "RGB" or image.width * image.height > LARGE_PIXELS or not _has_lanczos():
         return image.resize(size, Image.Resampling.LANCZOS)
     import pyarrow as pa
-    import torch
     from torch.nn.functional import interpolate
+    from torch.utils.dlpack import from_dlpack
 
     # Both ways in Arrow's form, four bytes a pixel as Pillow holds them, so that nothing is copied.
-    pixels = torch.from_dlpack(pa.array(image).values)
+    pixels = from_dlpack(pa.array(image).values)
     pixels_1CHW = pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
     small_1CHW = interpolate(pixels_1CHW, size=size[::-1], mode="lanczos", antialias=True)
     small = pa.array(small_1CHW.permute(0, 2, 3, 1).numpy().reshape(-1))

@@ -5,6 +5,7 @@ made again, so a rerun after any interruption does what is missing and nothing e
 decoder costs its own row, not its shard (`cogview.records.containment`).
 """
 
+import importlib
 import json
 import logging
 import uuid
@@ -30,7 +31,7 @@ from cogview.shards.manifest import (
     write_manifest,
     write_plan,
 )
-from pipelines.runtime.cluster import ensure_ray
+from pipelines.runtime.cluster import ensure_ray, usable_cpus
 from pipelines.runtime.failures import first_line
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.ray_metrics import count_rows
@@ -71,12 +72,14 @@ def run_shards(
     workers: int = 0,
     num_gpus: float = 0.0,
     as_actors: bool = False,
+    imports: Sequence[str] = (),
     note: str = "shards",
 ) -> list[ShardEntry]:
     """Do the tasks that are not done yet, `workers` at a time (0: one for each CPU). Entries of all, in shard order.
 
     work: runs on a worker, leaves its files in `folder` and returns their entry; it must be picklable.
-    num_gpus: that each task has to itself; as_actors: the processes stay between shards with what they have loaded.
+    num_gpus: that each task has to itself; as_actors: the processes stay between shards with what they have loaded;
+    imports: modules that the work imports late, and that take long.
     """
     pending = [task for task in tasks if _entry(folder, task) is None]
     if pending:
@@ -84,6 +87,10 @@ def run_shards(
         write_plan(folder, {task.shard: task.input_digest for task in tasks}, note=note)
     rows_out = 0
     run.progress(len(tasks) - len(pending), len(tasks), note)
+    if pending:
+        ensure_ray()
+        if not as_actors:
+            _begin_imports(work, imports, count=min(len(pending), workers or usable_cpus()))
     results = _map(work, pending, folder=folder, workers=workers, num_gpus=num_gpus, as_actors=as_actors)
     for finished, result in enumerate(results, start=1):
         rows_out += result["rows_out"]
@@ -133,7 +140,6 @@ def _map(
 ) -> Iterator[dict[str, Any]]:
     if not tasks:
         return
-    ensure_ray()
     import ray.data
     import ray.exceptions
 
@@ -167,6 +173,21 @@ def _map(
         raise ShardFailedError(
             f"Ray lost its workers ({first_line(error)}); finished shards in {folder} are kept: run again"
         ) from error
+
+
+def _begin_imports(work: Work, imports: Sequence[str], *, count: int) -> None:
+    """Workers import what their tasks will need, which takes seconds, while the driver still sets up Ray Data."""
+    import ray
+
+    begin = ray.remote(_import).options(num_cpus=1)
+    for _ in range(count):
+        begin.remote(work, ("ray.data", *imports))
+
+
+def _import(work: Work, modules: Sequence[str]) -> None:
+    """On a worker, where `work` has brought its own module along."""
+    for name in modules:
+        importlib.import_module(name)
 
 
 def _places(resources: Mapping[str, float], *, num_gpus: float) -> int:
