@@ -73,8 +73,7 @@ def measure(*, kills: int, seeds: int, minutes: float, jobs: Sequence[str] = JOB
                     say(f"seed {seed}: {dict(chaos.kills)}, {dict(totals)}, {time.monotonic() - started:.0f} s")
                     shutil.rmtree(root)
             orphans = watch.wait_for_end(seconds=30)
-            for orphan in orphans:
-                orphan.kill()
+            watch.end_all()
     return {
         "kills": sum(chaos.kills.values()),
         **{f"kills/{kind}": chaos.kills[kind] for kind in KINDS},

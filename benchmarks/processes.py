@@ -9,6 +9,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,6 +76,12 @@ class ProcessWatch(Sampler):
     def running(self) -> list[psutil.Process]:
         """The marked processes that run now."""
         return list(_marked(self._mark))
+
+    def end_all(self) -> None:
+        """Kill what still runs."""
+        for process in self.running():
+            with suppress(psutil.NoSuchProcess):  # it may have ended by itself just now
+                process.kill()
 
     def wait_for_end(self, *, seconds: float) -> list[psutil.Process]:
         """Those that still run after some seconds of grace."""

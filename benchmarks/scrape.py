@@ -195,8 +195,8 @@ def run_side(site: Site, name: str, side: Side, *, images: int, shard_size: int)
         except subprocess.TimeoutExpired:
             code = -1
         seconds = time.monotonic() - started
-        for left in watch.running() if code else []:
-            left.kill()
+        if code:
+            watch.end_all()
     stored = len(list(stored_images(folder)))
     if code or stored != images:
         words = (folder / "log.txt").read_text(errors="replace").strip()[-500:]

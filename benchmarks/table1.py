@@ -57,8 +57,7 @@ def measure(*, root: Path, captions: int, candidates: int, kills: int, seed: int
         say(f"in peace: {quiet:.0f} s")
         runs.run(Path(name) / "killed", kills=kills)
         orphans = watch.wait_for_end(seconds=60)
-        for orphan in orphans:
-            orphan.kill()
+        watch.end_all()
         first, second = (output_of(Path(name) / one) for one in ("quiet", "killed"))
         return {
             **compared(first, second),

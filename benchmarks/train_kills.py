@@ -208,9 +208,7 @@ class Chaos:
             while self._end_of(driver):
                 driver = self._again(driver, command, watch, root)
         finally:
-            for left in watch.running():
-                with suppress(psutil.Error):
-                    left.kill()
+            watch.end_all()
 
     def _wait_for(
         self,
@@ -238,9 +236,7 @@ class Chaos:
         self.restarts += 1
         if self.restarts > 100:
             raise UnmeasuredError(f"the training does not come to its end: {log_of(root).read_text()[-2000:]}")
-        for left in watch.running():
-            with suppress(psutil.Error):
-                left.kill()
+        watch.end_all()
         driver.wait()
         return start(command, watch, root)
 

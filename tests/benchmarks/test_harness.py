@@ -90,7 +90,7 @@ def test_a_detached_process_counts_until_it_ends(tmp_path: Path) -> None:
         while watch.peak_bytes < 64 * 2**20 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [process.pid for process in watch.wait_for_end(seconds=0)] == [child.pid]
-        child.kill()
+        watch.end_all()
         assert watch.wait_for_end(seconds=10) == []
     assert 64 * 2**20 <= watch.peak_bytes < 512 * 2**20
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -72,7 +72,8 @@ def node(*flags: str, environment: dict[str, str]) -> Iterator[None]:
         process.terminate()
         _, alive = psutil.wait_procs(daemons, timeout=20)
         for left in alive:
-            left.kill()
+            with suppress(psutil.NoSuchProcess):  # it may have ended by itself just now
+                left.kill()
         process.wait(timeout=20)
 
 
