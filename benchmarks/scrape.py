@@ -40,7 +40,8 @@ PHOTOS = REPOSITORY / "../shared/data/photos"
 SIZE = 256
 HOSTS = tuple(f"host{number:02d}.photos.test" for number in range(100))
 PORTS = {"http": 80, "https": 443}
-LARGER = 4  # times each side, for `large`
+# Name, scheme, and times that each side of the photos is longer. The pixels of the last are compared.
+KINDS = (("large", "http", 4), ("http", "http", 1), ("https", "https", 1))
 SHARDS = 10
 COMPARED = 300  # pictures whose pixels are compared
 WARM_UP = 40
@@ -110,17 +111,13 @@ def measure(*, images: int, turns: int) -> Figures:
     with tempfile.TemporaryDirectory(prefix="cogview-scrape-") as name:
         folder = Path(name)
         (folder / "theirs.py").write_text(THEIRS.format(size=SIZE))
-        for scheme in PORTS:
+        for kind, scheme, enlarge in KINDS:
             certificate = write_certificate(folder, names=HOSTS) if scheme == "https" else None
-            with photo_server(PHOTOS, certificate=certificate) as port:
+            with photo_server(PHOTOS, certificate=certificate, enlarge=enlarge) as port:
                 environment = side_environment(rivals, certificate)
-                site = Site(name=scheme, scheme=scheme, port=port, folder=folder, environment=environment)
-                figures |= measure_site(site, images=images, turns=turns)
+                site = Site(name=kind, scheme=scheme, port=port, folder=folder, environment=environment)
+                figures |= measure_site(site, images=images if enlarge == 1 else images // 2, turns=turns)
         figures |= compare_pixels(folder, images=min(images, COMPARED))
-        with photo_server(PHOTOS, enlarge=LARGER) as port:
-            environment = side_environment(rivals, None)
-            site = Site(name="large", scheme="http", port=port, folder=folder, environment=environment)
-            figures |= measure_site(site, images=images // 2, turns=turns)
     return {**figures, "images": images, "turns": turns, **photo_figures()}
 
 

@@ -1,11 +1,11 @@
-"""Members for tars that benchmarks make."""
+"""Files for tars that benchmarks make."""
 
 import io
 import tarfile
 
+from cogview.records.tars import plain_header
+
 
 def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add bytes to a tar under a name, with nothing of this machine or this moment."""
-    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names are empty
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    """Add bytes to a tar under a name."""
+    tar.addfile(plain_header(name, size=len(data)), io.BytesIO(data))

@@ -319,7 +319,7 @@ def retry_shard(task: ShardTask, *, output: Path, config: Config, fetch: FetchSe
             pairs=read_pairs(config.retry / f"{stem}.tar"),
             retried=dict.fromkeys(rows),
             fetched=counted(worker.in_step(pairs)),
-            opt_out=read_opt_out(config.opt_out),
+            opt_out=worker.fetcher.opt_out,
         )
         counts = write_pair_shard(output, stem, outcomes, open_file=atomic_file)
     entry = shard_entry(

@@ -178,11 +178,17 @@ def _own_pair(key: str, image: bytes, document: dict[str, Any]) -> TextImagePair
     return TextImagePair(key=key, captions=captions, image_bytes=image, source=source, extra=document)
 
 
+def plain_header(name: str, *, size: int) -> tarfile.TarInfo:
+    """The header of a file in a tar, with nothing of this machine or this moment."""
+    header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names are empty
+    header.size = size
+    return header
+
+
 def _member(name: str, data: bytes) -> bytes:
-    """One member as tarfile would add it, in one piece, with nothing of this machine or this moment."""
-    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names are empty
-    member.size = len(data)
-    return member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    """A file as tarfile would add it, in one piece."""
+    header = plain_header(name, size=len(data))
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def _ends_at(file: BinaryIO, offset: int) -> bool:

@@ -31,7 +31,7 @@ from cogview.shards.manifest import (
     write_manifest,
     write_plan,
 )
-from pipelines.runtime.cluster import ensure_ray, usable_cpus
+from pipelines.runtime.cluster import ensure_ray
 from pipelines.runtime.failures import first_line
 from pipelines.runtime.jobs import JobRun
 from pipelines.runtime.ray_metrics import count_rows
@@ -87,11 +87,9 @@ def run_shards(
         write_plan(folder, {task.shard: task.input_digest for task in tasks}, note=note)
     rows_out = 0
     run.progress(len(tasks) - len(pending), len(tasks), note)
-    if pending:
-        ensure_ray()
-        if not as_actors:
-            _begin_imports(work, imports, count=min(len(pending), workers or usable_cpus()))
-    results = _map(work, pending, folder=folder, workers=workers, num_gpus=num_gpus, as_actors=as_actors)
+    results = _map(
+        work, pending, folder=folder, workers=workers, num_gpus=num_gpus, as_actors=as_actors, imports=imports
+    )
     for finished, result in enumerate(results, start=1):
         rows_out += result["rows_out"]
         run.progress(len(tasks) - len(pending) + finished, len(tasks), f"{note}, {rows_out:,} rows")
@@ -136,10 +134,20 @@ def close_folder(run: JobRun, entries: Sequence[ShardEntry], *, extra: Mapping[s
 
 
 def _map(
-    work: Work, tasks: Sequence[ShardTask], *, folder: Path, workers: int, num_gpus: float, as_actors: bool
+    work: Work,
+    tasks: Sequence[ShardTask],
+    *,
+    folder: Path,
+    workers: int,
+    num_gpus: float,
+    as_actors: bool,
+    imports: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     if not tasks:
         return
+    ensure_ray()
+    if not as_actors and not num_gpus:  # else the tasks run in other processes
+        _begin_imports(work, imports, count=min(len(tasks), workers or _places(num_gpus=0.0)))
     import ray.data
     import ray.exceptions
 
@@ -150,7 +158,7 @@ def _map(
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     attempts = Attempts(folder=folder, run=uuid.uuid4().hex)
     if as_actors:
-        size = min(len(tasks), workers or _places(ray.cluster_resources(), num_gpus=num_gpus))
+        size = min(len(tasks), workers or _places(num_gpus=num_gpus))
         results = dataset.map(
             ShardActor,
             fn_constructor_kwargs={"work": work, "attempts": attempts},
@@ -190,8 +198,11 @@ def _import(work: Work, modules: Sequence[str]) -> None:
         importlib.import_module(name)
 
 
-def _places(resources: Mapping[str, float], *, num_gpus: float) -> int:
+def _places(*, num_gpus: float) -> int:
     """How many workers the cluster has room for. ConfigError if it has none of the GPUs that they need."""
+    import ray
+
+    resources = ray.cluster_resources()
     if not num_gpus:
         return max(1, int(resources.get("CPU", 1)))
     gpus = int(resources.get("GPU", 0) / num_gpus)

@@ -57,10 +57,9 @@ def worker_fetcher(run: Path, settings: FetchSettings, *, opt_out: tuple[str, ..
 
     run: the run's folder, which stands for everything that its results depend on; opt_out: addresses of its lists.
     """
+    if _kept and (_kept[0].run, _kept[0].settings) != (run, settings):
+        _close()
     worker = _kept.pop() if _kept else _open(run, settings, opt_out)
-    if (worker.run, worker.settings) != (run, settings):
-        worker.close()
-        worker = _open(run, settings, opt_out)
     with ExitStack() as unless_well:
         unless_well.callback(worker.close)
         worker.fetcher.refresh()
